@@ -1,0 +1,1 @@
+"""Osprey, pixel-level visual instruction tuning, in JAX."""

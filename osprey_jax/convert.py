@@ -1,0 +1,271 @@
+"""Converts checkpoints between the PyTorch release's layout and ours, in both directions.
+
+    python convert_torch_ckpt.py SRC DST                        a release directory, or a Hub id, to a checkpoint
+    python convert_torch_ckpt.py --decoder VICUNA --vision-tower open_clip.bin [--projector P.bin] DST
+    python convert_torch_ckpt.py --to-torch SRC DST             a checkpoint to a release directory
+
+Tensors keep their dtypes unless one is asked for, so there and back is bit-identical. Leaves go from the source's
+files to Orbax a few at a time: what is in memory at once is the largest leaf and one tensor.
+"""
+
+import argparse
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from osprey_jax import checkpoint, convert_rules, torch_files
+from osprey_jax.config import ExtractorConfig
+from osprey_jax.convert_rules import PROJECTOR, TOWER, Shape, Slot
+from osprey_jax.models.osprey import abstract_params
+from osprey_jax.prompt import Tokenizer
+from osprey_jax.torch_files import DTYPES, Entry
+
+PART_BYTES = 256 << 20
+"""Leaves are handed to Orbax in groups of at least so many bytes."""
+SHARD_BYTES = 2 << 30
+"""A shard of the release layout is closed once it holds so many bytes."""
+_HUB_FILES = ("config.json", "tokenizer*", "*.safetensors", "*.bin", "*.index.json")
+
+
+def convert(
+    source: Path | str, destination: Path | str, *, vision_tower: Path | str | None = None,
+    projector: Path | str | None = None, plain_decoder: bool = False, dtype: str | None = None, seed: int = 0,
+) -> None:  # fmt: skip
+    """Writes the checkpoint `destination` from a directory (or Hub id) with `config.json`, weights and tokenizer.
+
+    `vision_tower` is open_clip's file, `projector` a file of `model.mm_projector.*`, for tensors that `source` lacks.
+    With `plain_decoder` the source is a Llama checkpoint: the extractor, and the projector unless given, are drawn
+    from `seed`, in float32. `dtype` is one of `DTYPES`; by default each leaf keeps its tensors' dtype, or where its
+    layers differ the smallest that holds them all. Raises ValueError, and leaves nothing behind, where anything is
+    missing, unknown, twice there, damaged or of another shape.
+    """
+    _refuse_existing(destination)
+    directory = _local(source)
+    fields = _read_fields(directory)
+    tokenizer = Tokenizer.load(directory)
+    entries = torch_files.read_directory(directory)
+    if vision_tower is not None:
+        torch_files.merge(
+            entries,
+            {TOWER + name: entry for name, entry in torch_files.read_file(Path(vision_tower)).items()},
+        )
+    if projector is not None:
+        torch_files.merge(entries, torch_files.read_file(Path(projector)))
+
+    found = {name: entry.shape for name, entry in entries.items()}
+    config = convert_rules.read_sizes(found, fields, extractor=ExtractorConfig() if plain_decoder else None)
+    config = convert_rules.with_placeholders(
+        config, mask_id=tokenizer.mask_id, position_id=tokenizer.position_id
+    )
+    shapes = {k: v.shape for k, v in checkpoint.flatten(abstract_params(config, jnp.float32)).items()}
+    fresh: tuple[str, ...] = ()
+    if plain_decoder:
+        has_projector = any(name.startswith(PROJECTOR) for name in entries)
+        fresh = ("extractor/",) if has_projector else ("extractor/", "projector/")
+    slots = convert_rules.torch_slots({k: v for k, v in shapes.items() if not k.startswith(fresh or "\0")})
+    convert_rules.check_tensors(found, slots)
+    if unsupported := [
+        f"{name} ({entries[name].dtype})" for name in slots if not torch_files.is_float(entries[name].dtype)
+    ]:
+        raise ValueError(f"only {', '.join(DTYPES)} tensors are supported, got {', '.join(unsupported)}")
+
+    leaves = _leaves(shapes, slots, entries, dtype=np.dtype(dtype) if dtype else None, seed=seed)
+    checkpoint.save_parts(destination, _parts(leaves), config, tokenizer)
+
+
+def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the checkpoint `source` as a release directory: config, index, `.bin` shards and tokenizer.
+
+    Tensors have the dtypes of the leaves. Raises ValueError where `destination` exists, or `source` is no checkpoint.
+    """
+    _refuse_existing(destination)
+    config = checkpoint.load_config(source)
+    tokenizer = Tokenizer.load(source)
+    structs = checkpoint.flatten(checkpoint.saved_shapes(source))
+    expected = checkpoint.flatten(abstract_params(config, jnp.float32))
+    if {k: v.shape for k, v in structs.items()} != {k: v.shape for k, v in expected.items()}:
+        raise ValueError(f"the parameters in {source} are not those of its config.json")
+    total = sum(struct.size * struct.dtype.itemsize for struct in structs.values())
+    torch_dtype = structs["decoder/embed_tokens/embedding"].dtype.name
+    fields = convert_rules.release_fields(
+        config, torch_dtype=torch_dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+    )
+    with (
+        checkpoint.new_directory(destination) as partial,
+        tqdm(total=total, unit="B", unit_scale=True, desc="writing") as progress,
+    ):
+        tensors = _torch_arrays(source, {path: struct.shape for path, struct in structs.items()}, progress)
+        torch_files.write_shards(partial, tensors, shard_bytes=shard_bytes)
+        torch_files.write_json(partial / "config.json", fields)
+        tokenizer.save(partial)
+
+
+def _torch_arrays(
+    source: Path | str, shapes: Mapping[str, Shape], progress: tqdm
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a checkpoint's leaves by name, as views in torch's layout of one leaf at a time."""
+    by_leaf: dict[str, list[tuple[str, Slot]]] = {}
+    for name, slot in convert_rules.torch_slots(shapes).items():
+        by_leaf.setdefault(slot.path, []).append((name, slot))
+    for path, tensors in by_leaf.items():
+        leaf = checkpoint.load_leaf(source, path)
+        for name, slot in tensors:
+            part = leaf if slot.place is None else leaf[slot.place]
+            yield name, slot.transform.to_torch(part)
+            progress.update(part.nbytes)
+        del leaf, part
+
+
+def _leaves(
+    shapes: Mapping[str, Shape], slots: Mapping[str, Slot], entries: Mapping[str, Entry], *,
+    dtype: np.dtype | None, seed: int,
+) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
+    """Yields every leaf: read from its tensors, or freshly drawn where no tensor writes it."""
+    by_leaf: dict[str, list[tuple[Slot, Entry]]] = {}
+    for name, slot in slots.items():
+        by_leaf.setdefault(slot.path, []).append((slot, entries[name]))
+    total = sum(entries[name].dtype.itemsize * int(np.prod(slot.torch_shape)) for name, slot in slots.items())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as progress:
+        for path, shape in shapes.items():
+            if path not in by_leaf:
+                yield path, _fresh(path, shapes, seed).astype(dtype or np.float32)
+                continue
+            widest = jnp.result_type(*{entry.dtype for _, entry in by_leaf[path]})
+            leaf = np.empty(shape, dtype or widest)
+            for slot, entry in by_leaf[path]:
+                _assign(leaf, slot, entry)
+                progress.update(entry.dtype.itemsize * int(np.prod(entry.shape)))
+            yield path, leaf
+            del leaf
+
+
+def _assign(leaf: np.ndarray, slot: Slot, entry: Entry) -> None:
+    target = leaf[...] if slot.place is None else leaf[slot.place]
+    value = slot.transform.to_jax(entry.read()).reshape(target.shape)
+    if value.dtype == target.dtype:
+        # As integers: every bit survives, and NumPy copies them faster than bfloat16.
+        bits = f"u{target.itemsize}"
+        target.view(bits)[...] = value.view(bits)
+        return
+    with np.errstate(over="ignore"):
+        target[...] = value
+    if np.finfo(np.float16).dtype == target.dtype and np.isinf(target).any() and not np.isinf(value).any():
+        raise ValueError(f"{slot.path} has values beyond float16's range; choose another --dtype")
+
+
+def _parts(leaves: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
+    """Groups leaves into trees of at least `PART_BYTES`, but for the last."""
+    part: dict[str, np.ndarray] = {}
+    size = 0
+    for path, leaf in leaves:
+        part[path] = leaf
+        size += leaf.nbytes
+        del leaf
+        if size >= PART_BYTES:
+            tree, part, size = checkpoint.unflatten(part), {}, 0
+            yield tree
+            del tree
+    if part:
+        yield checkpoint.unflatten(part)
+
+
+def _fresh(path: str, shapes: Mapping[str, Shape], seed: int) -> np.ndarray:
+    """torch's initialisation of a Linear's kernel or bias: uniform within 1/√(inputs); each path draws its own."""
+    bound = shapes[path.rpartition("/")[0] + "/kernel"][0] ** -0.5
+    generator = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    return generator.uniform(-bound, bound, shapes[path]).astype(np.float32)
+
+
+def _local(source: Path | str) -> Path:
+    """The directory itself, or where the Hub's copy of it was put."""
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f"no directory {source}")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(_HUB_FILES)))
+    except Exception as error:
+        raise ValueError(
+            f"no directory {source}, and the Hub didn't give it: {torch_files.first_line(error)}"
+        ) from error
+
+
+def _read_fields(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if (directory / "params").is_dir():
+        raise ValueError(f"{directory} is an osprey-jax checkpoint already; --to-torch converts it back")
+    if not path.is_file():
+        raise ValueError(f"no config.json in {directory}")
+    fields = torch_files.read_json(path)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return fields
+
+
+def _refuse_existing(destination: Path | str) -> None:
+    if Path(destination).exists():
+        raise ValueError(f"{destination} exists already")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="convert_torch_ckpt.py",
+        description="Convert a PyTorch Osprey checkpoint to osprey-jax, or back with --to-torch.",
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="SRC DST", help="SRC is left out where --decoder is given"
+    )
+    parser.add_argument("--to-torch", action="store_true", help="from a checkpoint to the release's layout")
+    parser.add_argument("--vision-tower", metavar="FILE", help="open_clip's file, where the tower is apart")
+    parser.add_argument("--decoder", metavar="DIR", help="a plain decoder (Vicuna) to start stage 2 from")
+    parser.add_argument("--projector", metavar="FILE", help="stage 1's projector")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of all parameters; default: each keeps its own"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what --decoder has to initialise")
+    args = parser.parse_intermixed_args(argv)
+    if args.to_torch and (args.vision_tower or args.decoder or args.projector or args.dtype):
+        parser.error("--to-torch takes SRC and DST only")
+    if args.decoder:
+        args.paths.insert(0, args.decoder)
+        if not args.vision_tower:
+            parser.error("--decoder needs --vision-tower")
+    if len(args.paths) != 2:
+        parser.error("give SRC and DST, or DST alone with --decoder")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 after an error."""
+    args = _parse(argv)
+    # All work is on the host; without this Orbax would take hold of the machine's accelerators.
+    jax.config.update("jax_platforms", "cpu")
+    source, destination = args.paths
+    try:
+        if args.to_torch:
+            to_torch(source, destination)
+        else:
+            convert(
+                source, destination, vision_tower=args.vision_tower, projector=args.projector,
+                plain_decoder=bool(args.decoder), dtype=args.dtype, seed=args.seed,
+            )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    print(f"wrote {destination}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
