@@ -144,14 +144,15 @@ def load_params(directory: Path | str, abstract_params: Params) -> dict[str, Any
         return ocp.load(Path(directory).absolute() / "params", targets)
 
 
-def load_leaf(directory: Path | str, path: str) -> np.ndarray:
-    """Reads one leaf, such as `decoder/norm/scale`, in its saved dtype to host memory."""
-    struct = flatten(saved_shapes(directory))[path]
+def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the leaves one by one, in their saved dtypes, to host memory: pairs of path and array."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with _damage_named(directory), context:
+    for path, struct in flatten(saved_shapes(directory)).items():
         target = unflatten({path: _HostArray(struct.shape, struct.dtype)})
-        return flatten(ocp.load(Path(directory).absolute() / "params", target))[path]
+        with _damage_named(directory), context:
+            tree = ocp.load(Path(directory).absolute() / "params", target)
+        yield path, flatten(tree).pop(path)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

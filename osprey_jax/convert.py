@@ -43,8 +43,8 @@ def convert(
 
     `vision_tower` is open_clip's file, `projector` a file of `model.mm_projector.*`, for tensors that `source` lacks.
     With `plain_decoder` the source is a Llama checkpoint: the extractor, and the projector unless given, are drawn
-    from `seed`, in float32. `dtype` is one of `DTYPES`; by default each leaf keeps its tensors' dtype, or where its
-    layers differ the smallest that holds them all. Raises ValueError, and leaves nothing behind, where anything is
+    from `seed`, in float32. `dtype` is one of `DTYPES`; by default each leaf keeps its tensors' dtype, or float32
+    where its layers differ. Raises ValueError, and leaves nothing behind, where anything is
     missing, unknown, twice there, damaged or of another shape.
     """
     _refuse_existing(destination)
@@ -115,9 +115,8 @@ def _torch_arrays(
     by_leaf: dict[str, list[tuple[str, Slot]]] = {}
     for name, slot in convert_rules.torch_slots(shapes).items():
         by_leaf.setdefault(slot.path, []).append((name, slot))
-    for path, tensors in by_leaf.items():
-        leaf = checkpoint.load_leaf(source, path)
-        for name, slot in tensors:
+    for path, leaf in checkpoint.load_leaves(source):
+        for name, slot in by_leaf[path]:
             part = leaf if slot.place is None else leaf[slot.place]
             yield name, slot.transform.to_torch(part)
             progress.update(part.nbytes)
@@ -138,8 +137,9 @@ def _leaves(
             if path not in by_leaf:
                 yield path, _fresh(path, shapes, seed).astype(dtype or np.float32)
                 continue
-            widest = jnp.result_type(*{entry.dtype for _, entry in by_leaf[path]})
-            leaf = np.empty(shape, dtype or widest)
+            dtypes = {entry.dtype for _, entry in by_leaf[path]}
+            own = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # which holds both halves
+            leaf = np.empty(shape, dtype or own)
             for slot, entry in by_leaf[path]:
                 _assign(leaf, slot, entry)
                 progress.update(entry.dtype.itemsize * int(np.prod(entry.shape)))
@@ -208,9 +208,9 @@ def _read_fields(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no config.json in {directory}")
     fields = torch_files.read_json(path)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return fields
+    if isinstance(fields, dict):
+        return fields
+    raise ValueError(f"{path} is not a JSON object")
 
 
 def _refuse_existing(destination: Path | str) -> None:

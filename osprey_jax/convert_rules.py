@@ -342,6 +342,6 @@ def _integer(fields: Mapping[str, Any], key: str, default: int) -> int:
     value = fields.get(key)
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"config.json: {key} must be an integer, got {value!r}")
-    return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"config.json: {key} must be an integer, got {value!r}")

@@ -105,8 +105,6 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
 
     Files from before torch 1.6 can't be mapped; their tensors are kept in memory.
     """
-    import torch
-
     with path.open("rb") as file:
         mappable = file.read(4) == b"PK\x03\x04"
     entries = {}

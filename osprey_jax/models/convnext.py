@@ -1,0 +1,113 @@
+"""ConvNeXt-CLIP trunk: an image in, feature maps at strides 4, 8, 16 and 32 out.
+
+Reference: Liu et al., A ConvNet for the 2020s, arXiv 2201.03545; weights as open_clip's
+`convnext_large_d_320`.
+Differs: NHWC; stem and downsampling are matmuls over patches; the blocks of a stage are scanned; no head.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from osprey_jax.config import VisionConfig
+from osprey_jax.models.layers import LayerNorm, Linear, logical
+from osprey_jax.ops.depthwise import depthwise_conv
+from osprey_jax.typing import Array, Float
+
+
+class PatchConv(nn.Module):
+    """A convolution whose kernel side equals its stride: one matmul over patches. Kernel `(s, s, C, C')`."""
+
+    stride: int
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Array:
+        b, rows, columns, channels = x.shape
+        s = self.stride
+        patches = x.reshape(b, rows // s, s, columns // s, s, channels).transpose(0, 1, 3, 2, 4, 5)
+        shape = (s, s, channels, self.features)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2))
+        kernel = self.param("kernel", logical(init, None, None, "channels_in", "channels"), shape)
+        bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (self.features,))
+        y = jnp.einsum("BYXijC,ijCD->BYXD", patches.astype(self.dtype), kernel.astype(self.dtype))
+        return y + bias.astype(self.dtype)[None, None, None, :]
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise 7x7 convolution with bias."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Array:
+        channels = x.shape[-1]
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=())
+        kernel = self.param("kernel", logical(init, None, None, "channels"), (7, 7, channels))
+        bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (channels,))
+        y = depthwise_conv(x, kernel.astype(self.dtype))
+        return y + bias.astype(self.dtype)[None, None, None, :]
+
+
+class Block(nn.Module):
+    """Depthwise convolution, LayerNorm, a fourfold GELU network, layer scale `gamma`, residual."""
+
+    channels: int
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Y X C"], _: None = None) -> tuple[Array, None]:
+        c = self.channels
+        y = DepthwiseConv(self.dtype, name="dwconv")(x)
+        y = LayerNorm(self.eps, name="norm")(y)
+        y = Linear((c,), (4 * c,), ("channels", "channels_ffn"), dtype=self.dtype, name="fc1")(y)
+        y = jax.nn.gelu(y, approximate=False)
+        y = Linear((4 * c,), (c,), ("channels_ffn", "channels"), dtype=self.dtype, name="fc2")(y)
+        gamma = self.param("gamma", logical(nn.initializers.constant(1e-6), "channels"), (c,))
+        return x + y * gamma.astype(self.dtype)[None, None, None, :], None
+
+
+class Stage(nn.Module):
+    """Optional downsampling by two, then the scanned blocks."""
+
+    depth: int
+    channels: int
+    eps: float
+    dtype: jnp.dtype
+    downsample: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Array:
+        if self.downsample:
+            x = LayerNorm(self.eps, name="downsample_norm")(x)
+            x = PatchConv(2, self.channels, self.dtype, name="downsample_conv")(x)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = blocks(self.channels, self.eps, self.dtype, name="blocks")(x, None)
+        return nn.with_logical_constraint(x, ("batch", None, None, "activation_channels"))
+
+
+class ConvNeXt(nn.Module):
+    """The trunk."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B Y X 3"]) -> tuple[Array, ...]:
+        """Maps normalised images to `(res2, res3, res4, res5)`, each `(B, Y, X, C)` of the compute dtype."""
+        c = self.config
+        x = PatchConv(4, c.dims[0], self.dtype, name="stem_conv")(images.astype(self.dtype))
+        x = LayerNorm(c.norm_eps, name="stem_norm")(x)
+        levels = []
+        for index, (depth, dim) in enumerate(zip(c.depths, c.dims, strict=True)):
+            x = Stage(depth, dim, c.norm_eps, self.dtype, downsample=index > 0, name=f"stages_{index}")(x)
+            levels.append(x)
+        return tuple(levels)

@@ -1,0 +1,197 @@
+"""Llama-style decoder over embeddings, with scanned layers and an explicit cache.
+
+Reference: Touvron et al., Llama 2, arXiv 2307.09288; weights as Hugging Face's `LlamaForCausalLM`.
+Differs: who sees whom is told by positions and segment ids, never by a token's place in the buffer.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from osprey_jax.config import DecoderConfig
+from osprey_jax.models.layers import Linear, RMSNorm, logical
+from osprey_jax.ops.attention import attention, visibility
+from osprey_jax.ops.rotary import apply_rotary
+from osprey_jax.typing import Array, Float, Int
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, in a buffer of `S` slots."""
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    """0 for padding and for slots not yet written."""
+    end: Int[Array, ""]
+    """The slot that the next token takes, the same in every row."""
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: jnp.dtype) -> Cache:
+    """An empty cache for `batch` sequences of at most `slots` tokens."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        positions=jnp.zeros((batch, slots), jnp.int32),
+        segment_ids=jnp.zeros((batch, slots), jnp.int32),
+        end=jnp.zeros((), jnp.int32),
+    )
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions; writes its keys and values into the cache's slots."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Array, kv: tuple[Array, Array] | None, end: Array | None, positions: Array, mask: Array
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        c = self.config
+        dim, heads, kv_heads = (c.dim,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+
+        def linear(name: str, inputs: tuple, outputs: tuple, axes: tuple) -> Linear:
+            return Linear(inputs, outputs, axes, use_bias=False, dtype=self.dtype, name=name)
+
+        q = linear("q_proj", dim, heads, ("embed", "heads", "head_dim"))(x)
+        k = linear("k_proj", dim, kv_heads, ("embed", "kv_heads", "head_dim"))(x)
+        v = linear("v_proj", dim, kv_heads, ("embed", "kv_heads", "head_dim"))(x)
+        q = nn.with_logical_constraint(q, ("batch", None, "activation_heads", None))
+        q = apply_rotary(q, positions, theta=c.rope_theta)
+        k = apply_rotary(k, positions, theta=c.rope_theta)
+        if kv is not None:
+            start = (0, end, 0, 0)
+            k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
+            v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
+            kv = (k, v)
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        return linear("o_proj", heads, dim, ("heads", "head_dim", "embed"))(out), kv
+
+
+class FeedForward(nn.Module):
+    """SwiGLU network."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dim, ffn = (self.config.dim,), (self.config.ffn_dim,)
+
+        def linear(name: str, inputs: tuple, outputs: tuple, axes: tuple) -> Linear:
+            return Linear(inputs, outputs, axes, use_bias=False, dtype=self.dtype, name=name)
+
+        gate = linear("gate_proj", dim, ffn, ("embed", "ffn"))(x)
+        y = jax.nn.silu(gate) * linear("up_proj", dim, ffn, ("embed", "ffn"))(x)
+        y = nn.with_logical_constraint(y, ("batch", None, "activation_ffn"))
+        return linear("down_proj", ffn, dim, ("ffn", "embed"))(y)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward network, each behind an RMSNorm and a residual."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Array, kv: tuple[Array, Array] | None, end: Array | None, positions: Array, mask: Array
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        eps = self.config.norm_eps
+        attended, kv = SelfAttention(self.config, self.dtype, name="self_attn")(
+            RMSNorm(eps, name="input_layernorm")(x), kv, end, positions, mask
+        )
+        x = x + attended
+        x = x + FeedForward(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
+        return nn.with_logical_constraint(x, ("batch", None, "activation_embed")), kv
+
+
+class Llama(nn.Module):
+    """The decoder: `embed` ids, run the layers over embeddings, `logits` of what comes out."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = Embedding(c.vocab_size, c.dim, self.dtype)
+        self.layers = nn.scan(
+            DecoderLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype)
+        self.norm = RMSNorm(c.norm_eps)
+        self.lm_head = Linear((c.dim,), (c.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=self.dtype)
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings of ids in `[0, vocab_size)`."""
+        return self.embed_tokens(ids)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        prefix_segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Runs the layers and the final norm.
+
+        Args:
+          embeddings: token embeddings; with a cache, of the tokens that follow those in it.
+          positions: each token's position in its own sequence, for rotary angles and causality.
+          segment_ids: 0 for padding; a token sees earlier positions of its own segment.
+          prefix_segment_ids: one more segment that a token sees, 0 for none (see `ops.attention.visibility`).
+          cache: what came before; it must have room for `T` more slots.
+
+        Returns:
+          Hidden states of the compute dtype, and the cache with these tokens added (None without one).
+        """
+        key_positions, key_segments = positions, segment_ids
+        if cache is not None:
+            start = (0, cache.end)
+            key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
+            key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
+        mask = visibility(
+            query_positions=positions,
+            key_positions=key_positions,
+            query_segments=segment_ids,
+            key_segments=key_segments,
+            prefix_segments=prefix_segment_ids,
+        )
+        x = nn.with_logical_constraint(embeddings.astype(self.dtype), ("batch", None, "activation_embed"))
+        kv = None if cache is None else (cache.keys, cache.values)
+        x, kv = self.layers(x, kv, None if cache is None else cache.end, positions, mask)
+        if cache is not None:
+            keys, values = kv
+            end = cache.end + positions.shape[1]
+            cache = Cache(keys=keys, values=values, positions=key_positions, segment_ids=key_segments, end=end)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Next-token logits in float32."""
+        return nn.with_logical_constraint(
+            self.lm_head(hidden).astype(jnp.float32), ("batch", None, "activation_vocab")
+        )
+
+
+class Embedding(nn.Module):
+    """A table of token embeddings."""
+
+    vocab_size: int
+    dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        init = nn.initializers.normal(0.02)
+        table = self.param("embedding", logical(init, "vocab", "embed"), (self.vocab_size, self.dim))
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)

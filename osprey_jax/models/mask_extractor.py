@@ -1,0 +1,46 @@
+"""Mask-aware extractor: feature maps and region masks in, one mask token and one position token each out.
+
+Reference: Yuan et al., Osprey, arXiv 2312.10032, section 3.2.
+Differs: takes a mask pyramid made beforehand, a batch of images with equally many (padded) regions.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from osprey_jax.config import ExtractorConfig
+from osprey_jax.masks import MaskPyramid
+from osprey_jax.models.layers import Linear
+from osprey_jax.ops.masked_pooling import masked_pooling
+from osprey_jax.typing import Array
+
+LEVELS = ("res2", "res3", "res4", "res5")
+
+
+class MaskExtractor(nn.Module):
+    """Pools each level over each region, projects and sums; encodes the position mask by an MLP.
+
+    Runs in float32 whatever the rest of the model computes in, as the release does.
+    """
+
+    config: ExtractorConfig
+    out_dim: int
+
+    @nn.compact
+    def __call__(self, features: Sequence[Array], masks: MaskPyramid) -> tuple[Array, Array]:
+        """Returns mask tokens and position tokens, each `(B, R, D)` float32."""
+        dim, out = self.config.dim, self.out_dim
+        pooled = masked_pooling(tuple(features), tuple(masks.levels))
+        summed = sum(
+            Linear((x.shape[-1],), (dim,), ("channels", "extractor"), name=level)(x)
+            for level, x in zip(LEVELS, pooled, strict=True)
+        )
+        mask_tokens = Linear((dim,), (out,), ("extractor", "embed"), name="feat_linear")(summed)
+
+        x = masks.position.astype(jnp.float32)
+        x = x.reshape(*x.shape[:2], -1)
+        x = jax.nn.relu(Linear((x.shape[-1],), (dim,), ("pixels", "extractor"), name="mask_linear_0")(x))
+        x = jax.nn.relu(Linear((dim,), (dim,), ("extractor", "extractor_out"), name="mask_linear_1")(x))
+        return mask_tokens, Linear((dim,), (out,), ("extractor", "embed"), name="mask_linear_2")(x)

@@ -1,0 +1,172 @@
+"""Osprey: tower, projector, mask-aware extractor and decoder, and the splicing of their tokens.
+
+Reference: Yuan et al., Osprey, arXiv 2312.10032.
+Differs: sequences have static shapes. An image occupies `num_image_tokens` places of `input_ids`, each
+holding `IMAGE_TOKEN_ID`; every `<mask>` and `<pos>` occupies one.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from osprey_jax.config import OspreyConfig
+from osprey_jax.masks import MaskPyramid
+from osprey_jax.models.convnext import ConvNeXt
+from osprey_jax.models.layers import Linear
+from osprey_jax.models.llama import Cache, Llama
+from osprey_jax.models.mask_extractor import MaskExtractor
+from osprey_jax.prompt import IMAGE_TOKEN_ID
+from osprey_jax.typing import Array, Bool, Float, Int, Params
+
+
+@flax.struct.dataclass
+class VisualTokens:
+    """What an image and its regions contribute to a sequence."""
+
+    image: Float[Array, "B N D"]
+    """Image tokens, row-major over res4."""
+    mask: Float[Array, "B R D"]
+    position: Float[Array, "B R D"]
+
+
+class Projector(nn.Module):
+    """Two linear layers with a GELU between: res4's channels to the decoder's width."""
+
+    dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
+        x = Linear((x.shape[-1],), (self.dim,), ("channels", "embed"), dtype=self.dtype, name="fc1")(x)
+        x = jax.nn.gelu(x, approximate=False)
+        return Linear((self.dim,), (self.dim,), ("embed_in", "embed"), dtype=self.dtype, name="fc2")(x)
+
+
+class Osprey(nn.Module):
+    """The whole model. Parameters keep their own dtype; `dtype` is what tower and decoder compute in."""
+
+    config: OspreyConfig
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def setup(self) -> None:
+        c = self.config
+        self.vision = ConvNeXt(c.vision, self.dtype)
+        self.projector = Projector(c.decoder.dim, self.dtype)
+        self.extractor = MaskExtractor(c.extractor, c.decoder.dim)
+        self.decoder = Llama(c.decoder, self.dtype)
+
+    def features(self, images: Float[Array, "B Y X 3"]) -> tuple[Array, ...]:
+        """The tower's four feature maps of preprocessed images."""
+        return self.vision(images)
+
+    def visual_tokens(self, features: tuple[Array, ...], masks: MaskPyramid) -> VisualTokens:
+        """Image, mask and position tokens from the tower's features and the regions' mask pyramid."""
+        res4 = features[2]
+        image = self.projector(res4.reshape(res4.shape[0], -1, res4.shape[-1]))
+        mask, position = self.extractor(features, masks)
+        return VisualTokens(image=image, mask=mask, position=position)
+
+    def embed(self, input_ids: Int[Array, "B T"], tokens: VisualTokens) -> Float[Array, "B T D"]:
+        """Embeds text ids and puts the visual tokens in their places, each kind in order of appearance."""
+        kinds = (
+            (IMAGE_TOKEN_ID, tokens.image),
+            (self.config.mask_token_id, tokens.mask),
+            (self.config.position_token_id, tokens.position),
+        )
+        x = self.decoder.embed(jnp.clip(input_ids, 0, self.config.decoder.vocab_size - 1))
+        for token_id, values in kinds:
+            x = splice(x, input_ids == token_id, values)
+        return x
+
+    def decode(
+        self,
+        input_ids: Int[Array, "B T"],
+        tokens: VisualTokens,
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        prefix_segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states of a spliced sequence; the arguments are those of `Llama.__call__`."""
+        return self.decoder(
+            self.embed(input_ids, tokens),
+            positions=positions,
+            segment_ids=segment_ids,
+            prefix_segment_ids=prefix_segment_ids,
+            cache=cache,
+        )
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Next-token logits in float32."""
+        return self.decoder.logits(hidden)
+
+    def __call__(
+        self,
+        images: Float[Array, "B Y X 3"],
+        masks: MaskPyramid,
+        input_ids: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        prefix_segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of whole sequences, one image each; positions 0..T-1 of one segment by default."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1])[None, :], input_ids.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(input_ids)
+        hidden, _ = self.decode(
+            input_ids,
+            self.visual_tokens(self.features(images), masks),
+            positions=positions,
+            segment_ids=segment_ids,
+            prefix_segment_ids=prefix_segment_ids,
+        )
+        return self.logits(hidden)
+
+
+def splice(
+    x: Float[Array, "B T D"], places: Bool[Array, "B T"], values: Float[Array, "B M D"]
+) -> Float[Array, "B T D"]:
+    """Replaces the k-th marked place of each row of `x` by the row's k-th value."""
+    if values.shape[1] == 0:
+        return x
+    order = jnp.maximum(jnp.cumsum(places, axis=1, dtype=jnp.int32) - 1, 0)
+    chosen = jnp.take_along_axis(values, order[:, :, None], axis=1, mode="clip")
+    return jnp.where(places[:, :, None], chosen.astype(x.dtype), x)
+
+
+def boxed_params(config: OspreyConfig) -> Params:
+    """Shapes of all float32 parameters, boxed with their logical axes; allocates nothing."""
+    vision, size = config.vision, config.extractor.position_size
+    masks = MaskPyramid(
+        levels=tuple(jnp.zeros((1, 1, side, side), bool) for side in vision.level_sizes),
+        position=jnp.zeros((1, 1, size, size), jnp.float32),
+    )
+
+    def init() -> Params:
+        images = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
+        return Osprey(config).init(jax.random.key(0), images, masks, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    return jax.eval_shape(init)
+
+
+def abstract_params(config: OspreyConfig, dtype: jnp.dtype | str = "float32") -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves of one dtype; allocates nothing."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), nn.unbox(boxed_params(config))
+    )
+
+
+def init_params(config: OspreyConfig, key: Array) -> Params:
+    """Fresh float32 parameters."""
+    vision, size = config.vision, config.extractor.position_size
+    masks = MaskPyramid(
+        levels=tuple(jnp.zeros((1, 1, side, side), bool) for side in vision.level_sizes),
+        position=jnp.zeros((1, 1, size, size), jnp.float32),
+    )
+    images = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
+    init = jax.jit(Osprey(config).init)
+    return nn.unbox(init(key, images, masks, jnp.zeros((1, 1), jnp.int32))["params"])
