@@ -1,8 +1,8 @@
 """Checkpoints: the parameters in Orbax's format, with the configuration and the tokenizer beside them.
 
 A checkpoint is a directory of `config.json` (`OspreyConfig`), `params/` (Orbax) and `tokenizer.model` or
-`tokenizer.json`. It is complete or it isn't there: everything is written to a sibling directory first, which takes
-the final name at the end. No other module knows Orbax.
+`tokenizer.json`. It is complete or it isn't there: everything is written to a sibling directory first, which
+takes the final name at the end. No other module knows Orbax.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from osprey_jax.prompt import Tokenizer
 from osprey_jax.typing import Params
 
 CHUNK_BYTES = 128 << 20
-"""Upper bound of a stored chunk; one layer of a 7B decoder fits, so chunks are slices along a leaf's first axis."""
+"""Upper bound of a stored chunk; a layer of a 7B decoder fits, so a chunk is a slice of the first axis."""
 
 
 @contextlib.contextmanager
 def new_directory(directory: Path | str) -> Iterator[Path]:
     """Gives an empty directory that becomes `directory` when the block ends, and vanishes when it raises.
 
-    Raises ValueError where `directory` exists. On several hosts every process enters the block together, and the
-    directory has to be on a file system that they share.
+    Raises ValueError where `directory` exists. On several hosts every process enters the block together, and
+    the directory has to be on a file system that they share.
     """
     directory = Path(directory).absolute()
     if directory.exists():
@@ -70,9 +70,9 @@ def save_parts(
             (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
             tokenizer.save(partial)
         context = ocp.Context()
-        # The call blocks until all is written, so the copy that guards asynchronous saves would only cost memory.
+        # The call blocks until all is written: a copy that guards asynchronous saves would only cost memory.
         context.memory.deepcopy_host_arrays = False
-        # Weights hardly compress, and uncompressed slices along the first axis are written from where they lie.
+        # Weights hardly compress; uncompressed slices along the first axis are written from where they lie.
         context.array.saving.use_compression = False
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         context.array.saving.storage_options.shard_axes = (0,)
@@ -120,9 +120,9 @@ def saved_shapes(directory: Path | str) -> dict[str, Any]:
 def load_params(directory: Path | str, abstract_params: Params) -> dict[str, Any]:
     """Restores parameters into the shapes, dtypes and shardings of a tree of `jax.ShapeDtypeStruct`.
 
-    A leaf is cast while it's read; a struct without a sharding is restored to the first local device. Raises a
-    ValueError that lists the leaves that are only wanted (-), only saved (+) or of another shape (!), or that names
-    a damaged checkpoint.
+    A leaf is cast while it's read; a struct without a sharding is restored to the first local device. Raises
+    a ValueError that lists the leaves that are only wanted (-), only saved (+) or of another shape (!), or
+    that names a damaged checkpoint.
     """
     wanted, saved = flatten(abstract_params), flatten(saved_shapes(directory))
     faults = [f"- {path}" for path in sorted(wanted.keys() - saved.keys())]

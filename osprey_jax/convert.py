@@ -1,11 +1,11 @@
 """Converts checkpoints between the PyTorch release's layout and ours, in both directions.
 
-    python convert_torch_ckpt.py SRC DST                        a release directory, or a Hub id, to a checkpoint
+    python convert_torch_ckpt.py SRC DST               a release directory, or a Hub id, to a checkpoint
     python convert_torch_ckpt.py --decoder VICUNA --vision-tower open_clip.bin [--projector P.bin] DST
-    python convert_torch_ckpt.py --to-torch SRC DST             a checkpoint to a release directory
+    python convert_torch_ckpt.py --to-torch SRC DST    a checkpoint to a release directory
 
-Tensors keep their dtypes unless one is asked for, so there and back is bit-identical. Leaves go from the source's
-files to Orbax a few at a time: what is in memory at once is the largest leaf and one tensor.
+Tensors keep their dtypes unless one is asked for, so there and back is bit-identical. Leaves go from the
+source's files to Orbax a few at a time: what is in memory at once is the largest leaf and one tensor.
 """
 
 import argparse
@@ -39,13 +39,13 @@ def convert(
     source: Path | str, destination: Path | str, *, vision_tower: Path | str | None = None,
     projector: Path | str | None = None, plain_decoder: bool = False, dtype: str | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Writes the checkpoint `destination` from a directory (or Hub id) with `config.json`, weights and tokenizer.
+    """Writes the checkpoint `destination` from a directory (or Hub id) of config, weights and tokenizer.
 
-    `vision_tower` is open_clip's file, `projector` a file of `model.mm_projector.*`, for tensors that `source` lacks.
-    With `plain_decoder` the source is a Llama checkpoint: the extractor, and the projector unless given, are drawn
-    from `seed`, in float32. `dtype` is one of `DTYPES`; by default each leaf keeps its tensors' dtype, or float32
-    where its layers differ. Raises ValueError, and leaves nothing behind, where anything is
-    missing, unknown, twice there, damaged or of another shape.
+    `vision_tower` is open_clip's file, `projector` a file of `model.mm_projector.*`, for tensors that
+    `source` lacks. With `plain_decoder` the source is a Llama checkpoint: the extractor, and the projector
+    unless given, are drawn from `seed`, in float32. `dtype` is one of `DTYPES`; by default each leaf keeps
+    its tensors' dtype, or float32 where its layers differ. Raises ValueError, and leaves nothing behind,
+    where anything is missing, unknown, twice there, damaged or of another shape.
     """
     _refuse_existing(destination)
     directory = _local(source)
@@ -84,7 +84,8 @@ def convert(
 def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the checkpoint `source` as a release directory: config, index, `.bin` shards and tokenizer.
 
-    Tensors have the dtypes of the leaves. Raises ValueError where `destination` exists, or `source` is no checkpoint.
+    Tensors have the dtypes of the leaves. Raises ValueError where `destination` exists, or `source` is no
+    checkpoint.
     """
     _refuse_existing(destination)
     config = checkpoint.load_config(source)
@@ -111,7 +112,7 @@ def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = 
 def _torch_arrays(
     source: Path | str, shapes: Mapping[str, Shape], progress: tqdm
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a checkpoint's leaves by name, as views in torch's layout of one leaf at a time."""
+    """Yields the tensors of a checkpoint's leaves by name: views in torch's layout, one leaf at a time."""
     by_leaf: dict[str, list[tuple[str, Slot]]] = {}
     for name, slot in convert_rules.torch_slots(shapes).items():
         by_leaf.setdefault(slot.path, []).append((name, slot))
@@ -178,7 +179,7 @@ def _parts(leaves: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, Any]]
 
 
 def _fresh(path: str, shapes: Mapping[str, Shape], seed: int) -> np.ndarray:
-    """torch's initialisation of a Linear's kernel or bias: uniform within 1/√(inputs); each path draws its own."""
+    """torch's initialisation of a Linear: uniform within 1/√(inputs); each path draws its own."""
     bound = shapes[path.rpartition("/")[0] + "/kernel"][0] ** -0.5
     generator = np.random.default_rng([seed, zlib.crc32(path.encode())])
     return generator.uniform(-bound, bound, shapes[path]).astype(np.float32)

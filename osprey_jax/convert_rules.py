@@ -1,8 +1,9 @@
 """The table that maps PyTorch's tensors to parameters, and the sizes that can be read off the tensors.
 
-One table serves both directions: a row holds the tensor's name in the release, the parameter's path and how the axes
-are rearranged. Rows are expanded over stages and layers into the exact list of tensors of a model, and a source has
-to hold that list, no more (but for what `IGNORED` names) and no less. NumPy only; files are `convert`'s business.
+One table serves both directions: a row holds the tensor's name in the release, the parameter's path and how
+the axes are rearranged. Rows are expanded over stages and layers into the exact list of tensors of a model,
+and a source has to hold that list, no more (but for what `IGNORED` names) and no less. NumPy only; files are
+`convert`'s business.
 
 Reference: Llama's half-split rotary layout (Hugging Face's) is kept as it is.
 """
@@ -28,7 +29,7 @@ MAX_LISTED = 20
 
 
 class Transform(NamedTuple):
-    """Rearranges a tensor's axes. `to_jax` may leave heads folded; the caller reshapes to the leaf's shape."""
+    """Rearranges a tensor's axes; `to_jax` may leave heads folded, the caller gives the leaf's shape."""
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -178,9 +179,9 @@ def read_sizes(
 ) -> OspreyConfig:
     """The configuration of a model whose tensors have these shapes and whose `config.json` has these fields.
 
-    `extractor` gives the sizes of an extractor that the source doesn't hold. The placeholders' ids are left at their
-    defaults. Raises ValueError where a tensor that tells a size is missing or has too few axes, where `config.json`
-    contradicts the tensors, and where it asks for what this decoder doesn't do.
+    `extractor` gives the sizes of an extractor that the source doesn't hold. The placeholders' ids are left
+    at their defaults. Raises ValueError where a tensor that tells a size is missing or has too few axes,
+    where `config.json` contradicts the tensors, and where it asks for what this decoder doesn't do.
     """
     check_supported(fields)
     _check_parts(found, with_extractor=extractor is None)
@@ -190,7 +191,7 @@ def read_sizes(
         _TRUNK + "stem.0.weight",
         *(f"{_TRUNK}stages.{stage}.downsample.1.weight" for stage in (1, 2, 3)),
     ]
-    telling = {name: 4 for name in convs} | {gate: 2, embedding: 2}
+    telling = dict.fromkeys(convs, 4) | {gate: 2, embedding: 2}
     telling |= {} if extractor else {pooled: 2, position: 2}
     if missing := [name for name in telling if name not in found]:
         raise ValueError(f"missing tensors, without which the sizes are unknown: {', '.join(missing)}")
@@ -217,7 +218,8 @@ def check_supported(fields: Mapping[str, Any]) -> None:
     """Raises ValueError where `config.json` describes a model that would be computed wrongly."""
     if fields.get("tie_word_embeddings"):
         raise ValueError(
-            "config.json: tie_word_embeddings is true, so there is no lm_head.weight; only untied heads are supported"
+            "config.json: tie_word_embeddings is true, so there is no lm_head.weight; "
+            "only untied heads are supported"
         )
     projector = fields.get("mm_projector_type", "mlp2x_gelu")
     if projector != "mlp2x_gelu":

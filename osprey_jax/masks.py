@@ -140,7 +140,9 @@ def _checked_polygons(polygons: list) -> list[list[float]]:
         if not isinstance(polygon, list | tuple):
             raise ValueError("a polygon segmentation is a list of coordinate lists")
         if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"a polygon needs at least 3 points of 2 coordinates, got {len(polygon)} numbers")
+            raise ValueError(
+                f"a polygon needs at least 3 points of 2 coordinates, got {len(polygon)} numbers"
+            )
         if not all(isinstance(v, int | float) and np.isfinite(v) for v in polygon):
             raise ValueError("a polygon's coordinates must be finite numbers")
     return [[float(v) for v in polygon] for polygon in polygons]

@@ -1,7 +1,7 @@
 """Files of PyTorch tensors, the `.bin` and safetensors shards of a checkpoint, as NumPy arrays and back.
 
-Tensors' names, shapes and dtypes are read first, their data one at a time and when asked for. The only module that
-imports torch, and only when it is used.
+Tensors' names, shapes and dtypes are read first, their data one at a time and when asked for. The only module
+that imports torch, and only when it is used.
 """
 
 import json
@@ -101,9 +101,10 @@ def _read_safetensors(path: Path) -> dict[str, Entry]:
 
 
 def _read_pickle(path: Path) -> dict[str, Entry]:
-    """Tensors of a `torch.save` file, mapped anew for every read: pages of a mapping that stays count as memory.
+    """Tensors of a `torch.save` file, mapped anew for every read.
 
-    Files from before torch 1.6 can't be mapped; their tensors are kept in memory.
+    Pages of a mapping that stays count as memory. Files from before torch 1.6 can't be mapped; their tensors
+    are kept in memory.
     """
     with path.open("rb") as file:
         mappable = file.read(4) == b"PK\x03\x04"

@@ -1,0 +1,1 @@
+"""The networks, as Flax Linen modules: parameters and composition only."""

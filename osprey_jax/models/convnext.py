@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from osprey_jax.config import VisionConfig
 from osprey_jax.models.layers import LayerNorm, Linear, logical
 from osprey_jax.ops.depthwise import depthwise_conv
+from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array, Float
 
 
@@ -29,9 +30,14 @@ class PatchConv(nn.Module):
         patches = x.reshape(b, rows // s, s, columns // s, s, channels).transpose(0, 1, 3, 2, 4, 5)
         shape = (s, s, channels, self.features)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2))
-        kernel = self.param("kernel", logical(init, None, None, "channels_in", "channels"), shape)
+        kernel = self.param("kernel", logical(init, "kernel", "kernel", "channels_in", "channels"), shape)
         bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (self.features,))
-        y = jnp.einsum("BYXijC,ijCD->BYXD", patches.astype(self.dtype), kernel.astype(self.dtype))
+        y = jnp.einsum(
+            "BYXijC,ijCD->BYXD",
+            patches.astype(self.dtype),
+            kernel.astype(self.dtype),
+            precision=matmul_precision(self.dtype),
+        )
         return y + bias.astype(self.dtype)[None, None, None, :]
 
 
@@ -43,8 +49,10 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"]) -> Array:
         channels = x.shape[-1]
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=())
-        kernel = self.param("kernel", logical(init, None, None, "channels"), (7, 7, channels))
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=()
+        )
+        kernel = self.param("kernel", logical(init, "kernel", "kernel", "channels"), (7, 7, channels))
         bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (channels,))
         y = depthwise_conv(x, kernel.astype(self.dtype))
         return y + bias.astype(self.dtype)[None, None, None, :]

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.ops.norms import layer_norm, rms_norm
+from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array
-
 
 
 def logical(init: nn.initializers.Initializer, *axes: str | None) -> nn.initializers.Initializer:
@@ -32,11 +32,20 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         n = len(self.inputs)
         init = nn.initializers.variance_scaling(
-            1 / 3, "fan_in", "uniform", in_axis=tuple(range(n)), out_axis=tuple(range(n, n + len(self.outputs)))
+            1 / 3,
+            "fan_in",
+            "uniform",
+            in_axis=tuple(range(n)),
+            out_axis=tuple(range(n, n + len(self.outputs))),
         )
         kernel = self.param("kernel", logical(init, *self.axes), (*self.inputs, *self.outputs))
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (contract, ((), ())),
+            precision=matmul_precision(self.dtype),
+        )
         if self.use_bias:
             bias = self.param(
                 "bias", logical(nn.initializers.zeros, *self.axes[n:]), tuple(self.outputs)

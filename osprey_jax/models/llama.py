@@ -106,7 +106,9 @@ class DecoderLayer(nn.Module):
             RMSNorm(eps, name="input_layernorm")(x), kv, end, positions, mask
         )
         x = x + attended
-        x = x + FeedForward(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
+        x = x + FeedForward(self.config, self.dtype, name="mlp")(
+            RMSNorm(eps, name="post_attention_layernorm")(x)
+        )
         return nn.with_logical_constraint(x, ("batch", None, "activation_embed")), kv
 
 
@@ -173,7 +175,9 @@ class Llama(nn.Module):
         if cache is not None:
             keys, values = kv
             end = cache.end + positions.shape[1]
-            cache = Cache(keys=keys, values=values, positions=key_positions, segment_ids=key_segments, end=end)
+            cache = Cache(
+                keys=keys, values=values, positions=key_positions, segment_ids=key_segments, end=end
+            )
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

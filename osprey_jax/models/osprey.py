@@ -38,9 +38,9 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
-        x = Linear((x.shape[-1],), (self.dim,), ("channels", "embed"), dtype=self.dtype, name="fc1")(x)
+        x = Linear((x.shape[-1],), (self.dim,), ("channels", "projector"), dtype=self.dtype, name="fc1")(x)
         x = jax.nn.gelu(x, approximate=False)
-        return Linear((self.dim,), (self.dim,), ("embed_in", "embed"), dtype=self.dtype, name="fc2")(x)
+        return Linear((self.dim,), (self.dim,), ("projector", "embed"), dtype=self.dtype, name="fc2")(x)
 
 
 class Osprey(nn.Module):
@@ -65,7 +65,7 @@ class Osprey(nn.Module):
         res4 = features[2]
         image = self.projector(res4.reshape(res4.shape[0], -1, res4.shape[-1]))
         mask, position = self.extractor(features, masks)
-        return VisualTokens(image=image, mask=mask, position=position)
+        return VisualTokens(image=_whole(image), mask=_whole(mask), position=_whole(position))
 
     def embed(self, input_ids: Int[Array, "B T"], tokens: VisualTokens) -> Float[Array, "B T D"]:
         """Embeds text ids and puts the visual tokens in their places, each kind in order of appearance."""
@@ -74,7 +74,7 @@ class Osprey(nn.Module):
             (self.config.mask_token_id, tokens.mask),
             (self.config.position_token_id, tokens.position),
         )
-        x = self.decoder.embed(jnp.clip(input_ids, 0, self.config.decoder.vocab_size - 1))
+        x = _whole(self.decoder.embed(jnp.clip(input_ids, 0, self.config.decoder.vocab_size - 1)))
         for token_id, values in kinds:
             x = splice(x, input_ids == token_id, values)
         return x
@@ -125,6 +125,11 @@ class Osprey(nn.Module):
             prefix_segment_ids=prefix_segment_ids,
         )
         return self.logits(hidden)
+
+
+def _whole(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Keeps tokens together on a mesh, split over the batch alone, so that splicing moves nothing."""
+    return nn.with_logical_constraint(x, ("batch", None, "activation_embed"))
 
 
 def splice(

@@ -1,8 +1,11 @@
 """Attention over explicit masks, and the one rule that says which token sees which."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array, Bool, Float, Int
 
 
@@ -40,8 +43,9 @@ def attention(
     """
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=matmul_precision(q.dtype))
+    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k) * h**-0.5
     scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
+    out = einsum("BKGTS,BSKH->BTKGH", weights, v)
     return out.reshape(b, t, n, h).astype(q.dtype)

@@ -7,12 +7,13 @@ inputs is several times faster. Elsewhere the convolution is taken.
 import jax
 import jax.numpy as jnp
 
+from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array, Float
 
 
 @jax.custom_vjp
 def depthwise_conv(x: Float[Array, "B Y X C"], kernel: Float[Array, "k k C"]) -> Float[Array, "B Y X C"]:
-    """Correlates each channel with its own odd-sided kernel; zero padding keeps the size, as torch's `same`."""
+    """Correlates each channel with its own odd-sided kernel; zero padding keeps the size (torch's `same`)."""
     return jax.lax.platform_dependent(x, kernel, cpu=_shifted_sums, default=_convolution)
 
 
@@ -24,7 +25,9 @@ def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     # The input's gradient is the same correlation with the kernel turned by half a turn.
     x, kernel = residuals
     dx = depthwise_conv(g, kernel[::-1, ::-1])
-    dkernel = jax.lax.platform_dependent(x, kernel, g, cpu=_kernel_grad_sums, default=_kernel_grad_convolution)
+    dkernel = jax.lax.platform_dependent(
+        x, kernel, g, cpu=_kernel_grad_sums, default=_kernel_grad_convolution
+    )
     return dx, dkernel
 
 
@@ -39,6 +42,7 @@ def _convolution(x: Array, kernel: Array) -> Array:
         padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
+        precision=matmul_precision(x.dtype),
     )
 
 
@@ -60,7 +64,9 @@ def _shifted_sums(x: Array, kernel: Array) -> Array:
 
 def _kernel_grad_sums(x: Array, kernel: Array, g: Array) -> Array:
     g32 = g.astype(jnp.float32)
-    taps = [jnp.sum(shifted.astype(jnp.float32) * g32, (0, 1, 2)) for *_, shifted in _shifts(x, kernel.shape[0])]
+    taps = [
+        jnp.sum(shifted.astype(jnp.float32) * g32, (0, 1, 2)) for *_, shifted in _shifts(x, kernel.shape[0])
+    ]
     return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
 
 

@@ -1,0 +1,173 @@
+"""Decoding with a cache: an image's prefix is prefilled once, then each region's rest of the prompt and its answer.
+
+Attention is causal, so all that precedes a prompt's first region token is the same for every region of an image.
+Buffers have static sizes; true lengths, limits and sampling settings are traced, so few programs are compiled.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from osprey_jax.models.llama import Cache, init_cache
+from osprey_jax.models.osprey import Osprey, VisualTokens
+from osprey_jax.typing import Array, Float, Int, Params
+
+
+class Sampler(Protocol):
+    """Chooses next tokens; implementations are frozen pytrees whose fields are traced."""
+
+    def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
+        """Ids chosen from float32 logits."""
+
+
+@flax.struct.dataclass
+class Greedy:
+    """The most likely token, the first one of equals."""
+
+    def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@flax.struct.dataclass
+class TopP:
+    """Draws at a temperature from the most likely tokens that together reach the probability `top_p`.
+
+    Reference: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
+    """
+
+    temperature: Float[Array, ""]
+    """Above 0."""
+    top_p: Float[Array, ""]
+    """In (0, 1]."""
+
+    def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jnp.take_along_axis(logits, order, axis=-1) / self.temperature
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        # The most likely token has nothing before it, so one token at least is kept.
+        ranked = jnp.where((before < self.top_p) | (before == 0), ranked, -jnp.inf)
+        rank = jax.random.categorical(key, ranked, axis=-1)
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+@flax.struct.dataclass
+class Prefix:
+    """What is shared by all regions of an image: the cache after the prompt's common beginning."""
+
+    cache: Cache
+    length: Int[Array, ""]
+    """Tokens in it, padding not counted: the position of the next token."""
+
+
+@flax.struct.dataclass
+class Answer:
+    """One region's answer in a buffer of `M` places, of which the first `length` count."""
+
+    token_ids: Int[Array, " M"]
+    logprobs: Float[Array, " M"]
+    """Natural logarithms of the model's probabilities, before temperature and top-p."""
+    length: Int[Array, ""]
+
+
+@partial(jax.jit, static_argnames=("model", "slots"))
+def prefill(
+    model: Osprey,
+    params: Params,
+    input_ids: Int[Array, "1 T"],
+    length: Int[Array, ""],
+    tokens: VisualTokens,
+    *,
+    slots: int,
+) -> Prefix:
+    """Runs the common beginning of a prompt, `length` ids and then padding, into a new cache of `slots` slots."""
+    cache = init_cache(model.config.decoder, 1, slots, dtype=model.dtype)
+    prefix = Prefix(cache=cache, length=jnp.zeros((), jnp.int32))
+    return _extend(model, params, prefix, input_ids, length, tokens)[1]
+
+
+@partial(jax.jit, static_argnames=("model", "room"))
+def answer(
+    model: Osprey,
+    params: Params,
+    prefix: Prefix,
+    input_ids: Int[Array, "1 T"],
+    length: Int[Array, ""],
+    tokens: VisualTokens,
+    *,
+    region: Int[Array, ""],
+    sampler: Sampler,
+    key: Array,
+    limit: Int[Array, ""],
+    eos_id: Int[Array, ""],
+    room: int,
+) -> Answer:
+    """Runs the rest of a prompt for one region, then decodes until `eos_id`, which is kept, or `limit` tokens.
+
+    Args:
+      model: the network; its dtype is what the cache holds.
+      params: its parameters.
+      prefix: what precedes; its cache must have room for `T + room` more tokens, and is not changed.
+      input_ids: the rest of the prompt, then padding.
+      length: how many of them count; at least one.
+      tokens: visual tokens of all regions.
+      region: which one the placeholders in `input_ids` stand for.
+      sampler: chooses each token.
+      key: randomness of this region's sampling.
+      limit: tokens to generate at most, at most `room`.
+      eos_id: the token that ends an answer.
+      room: size of the result's buffer.
+    """
+    own = tokens.replace(
+        mask=jax.lax.dynamic_slice_in_dim(tokens.mask, region, 1, axis=1),
+        position=jax.lax.dynamic_slice_in_dim(tokens.position, region, 1, axis=1),
+    )
+    logits, prefix = _extend(model, params, prefix, input_ids, length, own)
+    # Later tokens are text; their step splices nothing.
+    nothing = jax.tree.map(lambda x: x[:, :0], own)
+
+    def choose(logits: Array, step: Array) -> tuple[Array, Array]:
+        token = sampler(logits, jax.random.fold_in(key, step))[0]
+        return token, jax.nn.log_softmax(logits[0])[token]
+
+    def running(state: tuple) -> Array:
+        step, token, *_ = state
+        return (step < limit) & ((step == 0) | (token != eos_id))
+
+    def decode(state: tuple) -> tuple:
+        step, _, logits, prefix, out = state
+        token, logprob = choose(logits, step)
+        out = Answer(
+            token_ids=out.token_ids.at[step].set(token),
+            logprobs=out.logprobs.at[step].set(logprob),
+            length=step + 1,
+        )
+        one = jnp.ones((), jnp.int32)
+        logits, prefix = _extend(model, params, prefix, token[None, None], one, nothing)
+        return step + 1, token, logits, prefix, out
+
+    zero = jnp.zeros((), jnp.int32)
+    empty = Answer(token_ids=jnp.zeros(room, jnp.int32), logprobs=jnp.zeros(room, jnp.float32), length=zero)
+    return jax.lax.while_loop(running, decode, (zero, zero, logits, prefix, empty))[-1]
+
+
+def _extend(
+    model: Osprey, params: Params, prefix: Prefix, input_ids: Array, length: Array, tokens: VisualTokens
+) -> tuple[Float[Array, "1 V"], Prefix]:
+    """Appends `length` tokens to a prefix; the logits are those after the last of them."""
+    index = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+    hidden, cache = model.apply(
+        {"params": params},
+        input_ids,
+        tokens,
+        positions=prefix.length + index,
+        segment_ids=(index < length).astype(jnp.int32),
+        cache=prefix.cache,
+        method=Osprey.decode,
+    )
+    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+    logits = model.apply({"params": params}, last, method=Osprey.logits)
+    return logits[:, 0], Prefix(cache=cache, length=prefix.length + length)

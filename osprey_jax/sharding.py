@@ -1,0 +1,114 @@
+"""Where arrays live: the mesh, one table from logical to mesh axes, and the shardings of parameters.
+
+Models name logical axes and nothing else; this is the only place that knows the mesh. The mesh has three
+axes: `data` holds whole copies of the parameters, `fsdp` splits parameters and batch, `tensor` splits heads
+and widths.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from osprey_jax.typing import Params
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    # Activations.
+    "batch": ("data", "fsdp"),
+    "activation_channels": None,
+    "activation_embed": None,
+    "activation_heads": "tensor",
+    "activation_ffn": "tensor",
+    "activation_vocab": "tensor",
+    # Parameters. Each matrix is split once over fsdp and once over tensor.
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "ffn": "tensor",
+    "norm": None,
+    "channels": "fsdp",
+    "channels_in": None,
+    "channels_ffn": "tensor",
+    "projector": "tensor",
+    "extractor": "tensor",
+    "extractor_out": "fsdp",
+    "pixels": "fsdp",
+    "kernel": None,
+}
+"""Logical axis → mesh axes; None keeps the axis whole."""
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `data * fsdp * tensor` devices, by default the first ones there are.
+
+    Raises ValueError where there are fewer devices than that.
+    """
+    sizes = (data, fsdp, tensor)
+    devices = jax.devices() if devices is None else devices
+    if min(sizes) < 1 or math.prod(sizes) > len(devices):
+        named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(f"a mesh of {named} needs {math.prod(sizes)} devices, there are {len(devices)}")
+    return jax.make_mesh(
+        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
+    )
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Makes the models' logical constraints on activations hold on `mesh` for what is traced inside."""
+    rules = [(name, axes) for name, axes in RULES.items() if axes is not None]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+def partition_spec(axes: Sequence[str]) -> PartitionSpec:
+    """Mesh axes of an array with these logical axes.
+
+    Raises ValueError for a name that the table lacks, and where two axes would be split over one mesh axis.
+    """
+    if unknown := [axis for axis in axes if axis not in RULES]:
+        raise ValueError(f"no sharding rule for the logical axes {unknown} of {tuple(axes)}")
+    spec = [RULES[axis] for axis in axes]
+    used = [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    if len(set(used)) < len(used):
+        raise ValueError(f"logical axes {tuple(axes)} would use a mesh axis twice: {spec}")
+    return PartitionSpec(*spec)
+
+
+def param_shardings(boxed_params: Params, mesh: Mesh) -> Params:
+    """The sharding of every parameter, from its boxed logical axes (`models.osprey.boxed_params`).
+
+    Raises ValueError for a parameter without logical axes, or whose sizes don't divide over the mesh.
+    """
+
+    def sharding(path: tuple, leaf: object) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            raise ValueError(f"parameter {name} names no logical axes")
+        shape = leaf.unbox().shape
+        if len(leaf.names) != len(shape):
+            raise ValueError(f"parameter {name} of shape {shape} has the logical axes {leaf.names}")
+        result = NamedSharding(mesh, partition_spec(leaf.names))
+        try:
+            result.shard_shape(shape)
+        except ValueError:
+            sizes = dict(mesh.shape)
+            raise ValueError(
+                f"parameter {name} of shape {shape}, split as {tuple(result.spec)}, "
+                f"doesn't divide over {sizes}"
+            ) from None
+        return result
+
+    return jax.tree_util.tree_map_with_path(
+        sharding, boxed_params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
