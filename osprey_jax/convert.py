@@ -261,6 +261,9 @@ def main(argv: list[str] | None = None) -> int:
                 source, destination, vision_tower=args.vision_tower, projector=args.projector,
                 plain_decoder=bool(args.decoder), dtype=args.dtype, seed=args.seed,
             )  # fmt: skip
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; PyTorch's files need pip install 'osprey-jax[convert]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2

@@ -41,7 +41,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "extractor": "tensor",
     "extractor_out": "fsdp",
     "pixels": "fsdp",
-    "kernel": None,
+    "kernel_rows": None,
+    "kernel_columns": None,
 }
 """Logical axis → mesh axes; None keeps the axis whole."""
 
@@ -95,7 +96,7 @@ def param_shardings(boxed_params: Params, mesh: Mesh) -> Params:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not isinstance(leaf, nn.LogicallyPartitioned):
             raise ValueError(f"parameter {name} names no logical axes")
-        shape = leaf.unbox().shape
+        shape = leaf.value.shape
         if len(leaf.names) != len(shape):
             raise ValueError(f"parameter {name} of shape {shape} has the logical axes {leaf.names}")
         result = NamedSharding(mesh, partition_spec(leaf.names))

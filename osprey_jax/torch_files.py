@@ -82,6 +82,8 @@ def read_file(path: Path) -> dict[str, Entry]:
         raise ValueError(f"no file {path}")
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         raise ValueError(
             f"cannot read {path}, it may be truncated or of another kind: {first_line(error)}"

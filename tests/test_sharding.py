@@ -1,0 +1,109 @@
+"""The sharding table, and that a mesh of eight devices computes what one does."""
+
+import ast
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from osprey_jax import sharding
+from osprey_jax.config import osprey_7b, tiny
+from osprey_jax.masks import mask_pyramid
+from osprey_jax.models.osprey import Osprey, boxed_params, init_params
+
+SMALL = 1 << 16
+"""Arrays of fewer elements may be whole on every device."""
+
+
+def leaves(tree: object) -> dict[str, object]:
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def test_every_large_parameter_of_7b_is_split_over_fsdp_and_tensor() -> None:
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    boxed = boxed_params(osprey_7b())
+    found = leaves(sharding.param_shardings(boxed, mesh))
+    for path, leaf in leaves(boxed).items():
+        used = set(jax.tree.leaves(tuple(found[path].spec)))
+        # Convolution kernels and vectors have one wide axis; every other matrix has two.
+        wide = sum(size >= 128 for size in leaf.value.shape[("layers" in leaf.names) :])
+        if leaf.value.size > SMALL and wide >= 2 and "conv" not in path:
+            assert used == {"fsdp", "tensor"}, path
+        elif leaf.value.size > SMALL:
+            assert used & {"fsdp", "tensor"} or path.endswith("norm/scale"), path
+
+
+def test_logical_axes_of_activations_are_in_the_table() -> None:
+    package = Path(sharding.__file__).parent
+    named = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "with_logical_constraint":
+                assert isinstance(node.args[1], ast.Tuple)
+                named |= {element.value for element in node.args[1].elts}
+    assert len(named - {None}) >= 5
+    assert named - {None} <= sharding.RULES.keys()
+
+
+def inputs(batch: int) -> tuple:
+    config = tiny()
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(batch, 96, 96, 3)).astype(np.float32)
+    regions = rng.random((batch, 3, 50, 60)) < 0.2
+    size = config.extractor.position_size
+    pyramids = [mask_pyramid(r, level_sizes=config.vision.level_sizes, position_size=size) for r in regions]
+    ids = rng.integers(3, 500, (batch, 80)).astype(np.int32)
+    ids[:, 2:38] = -200
+    ids[:, [40, 50, 60]], ids[:, [41, 51, 61]] = config.mask_token_id, config.position_token_id
+    return images, jax.tree.map(lambda *x: np.stack(x), *pyramids), ids
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
+def test_logits_on_eight_devices_equal_those_on_one(sizes: tuple[int, int, int]) -> None:
+    config = tiny()
+    mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+    params = init_params(config, jax.random.key(0))
+    arguments = inputs(8)
+    model = Osprey(config)
+    expected = jax.jit(lambda p, *x: model.apply({"params": p}, *x))(params, *arguments)
+    with sharding.use_mesh(mesh):
+        split = jax.device_put(params, sharding.param_shardings(boxed_params(config), mesh))
+        found = jax.jit(lambda p, *x: model.apply({"params": p}, *x))(split, *arguments)
+    # The constraint on activations holds, and did not vanish: batch and vocabulary are split.
+    shape = (8 // (sizes[0] * sizes[1]), 80, config.decoder.vocab_size // sizes[2])
+    assert found.addressable_shards[0].data.shape == shape
+    np.testing.assert_allclose(
+        np.asarray(found), np.asarray(expected), atol=1e-5 * float(jnp.abs(expected).max())
+    )
+
+
+def box(value: jax.ShapeDtypeStruct, *names: str) -> dict:
+    return {"part": {"kernel": nn.LogicallyPartitioned(value, names)}}
+
+
+def test_unknown_names_collisions_and_forgotten_parameters_are_errors() -> None:
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    found = sharding.param_shardings(box(square, "embed", "vocab"), mesh)
+    assert found["part"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
+    with pytest.raises(ValueError, match=r"no sharding rule.*\['depth'\]"):
+        sharding.param_shardings(box(square, "embed", "depth"), mesh)
+    with pytest.raises(ValueError, match=r"\('heads', 'vocab'\) would use a mesh axis twice"):
+        sharding.param_shardings(box(square, "heads", "vocab"), mesh)
+    with pytest.raises(ValueError, match="part/kernel names no logical axes"):
+        sharding.param_shardings({"part": {"kernel": square}}, mesh)
+    with pytest.raises(ValueError, match=r"part/kernel of shape \(8, 8\) has the logical axes \('embed',\)"):
+        sharding.param_shardings(box(square, "embed"), mesh)
+    odd = jax.ShapeDtypeStruct((8, 7), jnp.float32)
+    with pytest.raises(ValueError, match=r"part/kernel of shape \(8, 7\).*doesn't divide.*'tensor': 2"):
+        sharding.param_shardings(box(odd, "embed", "vocab"), mesh)
+
+
+def test_too_few_devices_for_a_mesh_is_an_error() -> None:
+    with pytest.raises(ValueError, match="data=4, fsdp=4, tensor=1 needs 16 devices, there are 8"):
+        sharding.make_mesh(data=4, fsdp=4)
