@@ -4,8 +4,8 @@
     python benchmarks/conversion.py --layers 32                       # Osprey-7B's own size, 14 GB
 
 Writes a release of random weights at Osprey-7B's widths (tower float16, extractor float32, decoder bfloat16),
-converts it and converts it back, each in a process of its own, and prints peak resident memory above that of a
-bare interpreter, as a ratio to the checkpoint's bytes. Needs three times the checkpoint's size on disk.
+converts it and converts it back, each in a process of its own, and prints peak resident memory above that of
+a bare interpreter, as a ratio to the checkpoint's bytes. Needs three times the checkpoint's size on disk.
 """
 
 import argparse
@@ -27,7 +27,15 @@ from osprey_jax.models.osprey import abstract_params
 
 # Not getrusage: its peak is inherited from the parent.
 _PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-_CONVERT = f"import sys; from osprey_jax import convert; bad = convert.main(sys.argv[1:]); {_PEAK}; sys.exit(bad)"
+_CONVERT = f"""
+import sys
+from osprey_jax import convert
+status = convert.main(sys.argv[1:])
+{_PEAK}
+sys.exit(status)
+"""
+    f"import sys; from osprey_jax import convert; status = convert.main(sys.argv[1:])\n{_PEAK}; sys.exit(status)"
+)
 _DTYPES = {"model.vision_tower.": torch.float16, "mask_extractor.": torch.float32}
 
 

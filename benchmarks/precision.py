@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py --checkpoint D [--image photo.jpg] [--regions 16] [--tokens 32]
 
-Answers the demo's short question about random ellipses of the image (a synthetic one by default) in both dtypes,
-and compares: logits over the prompt with the float32 answer's text behind it, the likeliest token at each place of
-that text (bfloat16 given the same beginning), and the answers that each dtype gives on its own.
+Answers the demo's short question about random ellipses of the image (a synthetic one by default) in both
+dtypes, and compares: logits over the prompt with the float32 answer's text behind it, the likeliest token at
+each place of that text (bfloat16 given the same beginning), and the answers that each dtype gives on its own.
 """
 
 import argparse

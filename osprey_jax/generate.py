@@ -1,7 +1,8 @@
-"""Decoding with a cache: an image's prefix is prefilled once, then each region's rest of the prompt and its answer.
+"""Decoding with a cache: an image's prefix once, then each region's rest of the prompt and its answer.
 
-Attention is causal, so all that precedes a prompt's first region token is the same for every region of an image.
-Buffers have static sizes; true lengths, limits and sampling settings are traced, so few programs are compiled.
+Attention is causal, so all that precedes a prompt's first region token is the same for every region of an
+image. Buffers have static sizes; true lengths, limits and sampling settings are traced, so few programs are
+compiled.
 """
 
 from functools import partial
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.models.llama import Cache, init_cache
-from osprey_jax.models.osprey import Osprey, VisualTokens
-from osprey_jax.typing import Array, Float, Int, Params
+from osprey_jax.models.osprey import Osprey, VisualTokens, apply
+from osprey_jax.typing import Array, ArrayLike, Float, Int, Params
 
 
 class Sampler(Protocol):
@@ -28,6 +29,7 @@ class Greedy:
     """The most likely token, the first one of equals."""
 
     def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
+        """See `Sampler`; the key is not used."""
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -38,12 +40,13 @@ class TopP:
     Reference: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
     """
 
-    temperature: Float[Array, ""]
+    temperature: Float[ArrayLike, ""]
     """Above 0."""
-    top_p: Float[Array, ""]
+    top_p: Float[ArrayLike, ""]
     """In (0, 1]."""
 
     def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
+        """See `Sampler`."""
         order = jnp.argsort(-logits, axis=-1)
         ranked = jnp.take_along_axis(logits, order, axis=-1) / self.temperature
         probabilities = jax.nn.softmax(ranked, axis=-1)
@@ -83,7 +86,7 @@ def prefill(
     *,
     slots: int,
 ) -> Prefix:
-    """Runs the common beginning of a prompt, `length` ids and then padding, into a new cache of `slots` slots."""
+    """Runs a prompt's beginning, `length` ids and then padding, into a new cache of `slots` slots."""
     cache = init_cache(model.config.decoder, 1, slots, dtype=model.dtype)
     prefix = Prefix(cache=cache, length=jnp.zeros((), jnp.int32))
     return _extend(model, params, prefix, input_ids, length, tokens)[1]
@@ -105,7 +108,7 @@ def answer(
     eos_id: Int[Array, ""],
     room: int,
 ) -> Answer:
-    """Runs the rest of a prompt for one region, then decodes until `eos_id`, which is kept, or `limit` tokens.
+    """Runs the rest of a prompt for one region, then decodes until `eos_id`, which is kept, or a limit.
 
     Args:
       model: the network; its dtype is what the cache holds.
@@ -121,7 +124,8 @@ def answer(
       eos_id: the token that ends an answer.
       room: size of the result's buffer.
     """
-    own = tokens.replace(
+    own = VisualTokens(
+        image=tokens.image,
         mask=jax.lax.dynamic_slice_in_dim(tokens.mask, region, 1, axis=1),
         position=jax.lax.dynamic_slice_in_dim(tokens.position, region, 1, axis=1),
     )
@@ -159,15 +163,16 @@ def _extend(
 ) -> tuple[Float[Array, "1 V"], Prefix]:
     """Appends `length` tokens to a prefix; the logits are those after the last of them."""
     index = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    hidden, cache = model.apply(
-        {"params": params},
+    hidden, cache = apply(
+        model,
+        params,
+        Osprey.decode,
         input_ids,
         tokens,
         positions=prefix.length + index,
         segment_ids=(index < length).astype(jnp.int32),
         cache=prefix.cache,
-        method=Osprey.decode,
     )
     last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
-    logits = model.apply({"params": params}, last, method=Osprey.logits)
+    logits = apply(model, params, Osprey.logits, last)
     return logits[:, 0], Prefix(cache=cache, length=prefix.length + length)

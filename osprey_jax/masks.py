@@ -1,20 +1,25 @@
 """Region masks: what users give, COCO's encodings, and the mask pyramid that the model takes (NumPy)."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from osprey_jax.typing import ArrayLike
+if TYPE_CHECKING:  # which imports JAX
+    from osprey_jax.typing import ArrayLike
+
+
+MAX_COORDINATE = 1_000_000
+"""Polygons beyond it, in pixels, are refused."""
 
 
 class MaskPyramid(NamedTuple):
     """What the mask-aware extractor needs of each region, at the model's sizes."""
 
-    levels: tuple[ArrayLike, ...]
+    levels: "tuple[ArrayLike, ...]"
     """One `(..., R, Y, X)` bool mask per feature level, res2 first."""
-    position: ArrayLike
+    position: "ArrayLike"
     """`(..., R, P, P)` float32 in [0, 1]: the mask resized, not binarised."""
 
 
@@ -72,7 +77,7 @@ def _resize(masks: np.ndarray, side: int) -> np.ndarray:
     return upper_row * (one - wy)[:, None] + lower_row * wy[:, None]
 
 
-def as_masks(masks: ArrayLike | Sequence[ArrayLike], image_size: tuple[int, int]) -> np.ndarray:
+def as_masks(masks: "ArrayLike | Sequence[ArrayLike]", image_size: tuple[int, int]) -> np.ndarray:
     """Checks what a user gives as masks and returns them as `(R, h, w)` bool.
 
     Accepts an array or a list of `(h, w)` arrays, bool, 0/1 or 0/255, at the image's own size `(h, w)`.
@@ -143,16 +148,17 @@ def _checked_polygons(polygons: list) -> list[list[float]]:
             raise ValueError(
                 f"a polygon needs at least 3 points of 2 coordinates, got {len(polygon)} numbers"
             )
-        if not all(isinstance(v, int | float) and np.isfinite(v) for v in polygon):
-            raise ValueError("a polygon's coordinates must be finite numbers")
+        # The rasteriser takes memory in proportion to a polygon's extent, whatever the image's size.
+        if not all(isinstance(v, int | float) and -MAX_COORDINATE < v < MAX_COORDINATE for v in polygon):
+            raise ValueError(f"a polygon's coordinates must be numbers within ±{MAX_COORDINATE:,}")
     return [[float(v) for v in polygon] for polygon in polygons]
 
 
 def _checked_rle(rle: dict, height: int, width: int) -> dict:
     if "size" not in rle or "counts" not in rle:
         raise ValueError(f"an RLE has the keys size and counts, got {sorted(map(str, rle))}")
-    if list(rle["size"]) != [height, width]:
-        raise ValueError(f"the RLE is {list(rle['size'])} (height, width), expected {[height, width]}")
+    if not isinstance(rle["size"], list | tuple) or list(rle["size"]) != [height, width]:
+        raise ValueError(f"the RLE is {rle['size']} (height, width), expected {[height, width]}")
     counts = rle["counts"]
     if isinstance(counts, list):
         if not all(isinstance(v, int) and v >= 0 for v in counts):

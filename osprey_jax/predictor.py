@@ -1,6 +1,6 @@
 """`Osprey`: an image, region masks and a question in; words about each region out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -54,10 +54,10 @@ class Generation(NamedTuple):
 class Osprey:
     """A model with its tokenizer, ready to answer.
 
-    Methods take an image (a path, a Pillow image or an `(h, w, 3)` uint8 array) and `masks` (see `Masks`) of at
-    least one region, which may be empty. They raise ValueError (FileNotFoundError for a path that isn't there)
-    that says which of them is wrong and how. Answers are greedy unless `temperature` is above 0; then they depend
-    on `seed` and the region's number alone.
+    Methods take an image (a path, a Pillow image or an `(h, w, 3)` uint8 array) and `masks` (see `Masks`) of
+    at least one region, which may be empty. They raise ValueError (FileNotFoundError for a path that isn't
+    there) that says which of them is wrong and how. Answers are greedy unless `temperature` is above 0; then
+    they depend on `seed` and the region's number alone.
     """
 
     def __init__(self, config: OspreyConfig, params: Params, tokenizer: Tokenizer, *, dtype: str = "float32"):
@@ -95,6 +95,7 @@ class Osprey:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        progress: Callable[[int], object] | None = None,
     ) -> list[str]:
         """Says in words what each region is, one text per mask.
 
@@ -102,11 +103,12 @@ class Osprey:
           image: the picture.
           masks: the regions.
           level: "short" or "detailed": the original demo's question, and the part of the answer that it keeps.
-          question: asked instead, with `<region>` once where the region is meant; the answer is given whole.
+          question: asked instead, with `<region>` where the region is meant; the answer is given whole.
           max_new_tokens: limit of an answer; by default `ANSWER_TOKENS` or `CHAT_TOKENS`.
           temperature: 0 for greedy answers.
           top_p: sampling is from the likeliest tokens that reach this probability.
           seed: of sampling.
+          progress: called with the number of regions newly answered, as a progress bar's `update` is.
         """
         if level not in ANSWER_TOKENS:
             raise ValueError(f"level must be 'short' or 'detailed', got {level!r}")
@@ -126,6 +128,7 @@ class Osprey:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            progress=progress,
         )
         return [protocol.keep(text) if question is None else text for text, *_ in answers]
 
@@ -139,6 +142,7 @@ class Osprey:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Generation]:
         """Answers a complete prompt, template included, once for each mask.
 
@@ -148,7 +152,7 @@ class Osprey:
         ids = self._expand(prompt, regions=1)
         tokens, count = self._visual_tokens(image, masks)
         split = min(ids.index(self.tokenizer.mask_id), ids.index(self.tokenizer.position_id))
-        return self._answers(tokens, ids[:split], ids[split:], range(count), decoding)
+        return self._answers(tokens, ids[:split], ids[split:], range(count), decoding, progress)
 
     def chat(
         self,
@@ -163,8 +167,8 @@ class Osprey:
     ) -> str:
         """The next answer of a conversation about all regions, which its messages call region1, region2, ….
 
-        `messages` alternate {"role": "user", "content": …} and {"role": "assistant", "content": …}, first and last
-        the user's. As in the conversation data, `<` and `>` are taken out of what they say.
+        `messages` alternate {"role": "user", "content": …} and {"role": "assistant", "content": …}, first and
+        last the user's. As in the conversation data, `<` and `>` are taken out of what they say.
         """
         decoding = _decoding(max_new_tokens, temperature, top_p, seed)
         said = _said(messages)
@@ -175,7 +179,7 @@ class Osprey:
         return self._answers(tokens, ids[:-1], ids[-1:], [0], decoding)[0].text
 
     def logits(self, image: ImageLike, masks: Masks, prompt: str) -> Float[np.ndarray, "T V"]:
-        """Float32 next-token logits over the whole sequence, in which the image takes `num_image_tokens` places.
+        """Float32 next-token logits over the whole sequence; the image takes `num_image_tokens` places of it.
 
         `prompt` holds one `<image>` and one `<mask><pos>` for each mask, in the masks' order.
         """
@@ -230,6 +234,7 @@ class Osprey:
         rest: list[int],
         regions: Iterable[int],
         decoding: "_Decoding",
+        progress: Callable[[int], object] | None = None,
     ) -> list[Generation]:
         """Decodes an answer for each of `regions`, all behind one prefix."""
         room = max(_SUFFIX_STEP, 1 << (decoding.limit - 1).bit_length())
@@ -256,6 +261,8 @@ class Osprey:
             ids = np.asarray(out.token_ids)[:length].tolist()
             text = self.tokenizer.decode(ids)
             results.append(Generation(text, ids, np.asarray(out.logprobs)[:length].tolist()))
+            if progress is not None:
+                progress(1)
         return results
 
     def _padded(self, ids: list[int], step: int) -> np.ndarray:
@@ -268,15 +275,15 @@ class Osprey:
 def _visual_tokens(
     model: network.Osprey, params: Params, images: Array, masks: MaskPyramid
 ) -> network.VisualTokens:
-    features = model.apply({"params": params}, images, method=network.Osprey.features)
-    return model.apply({"params": params}, features, masks, method=network.Osprey.visual_tokens)
+    features = network.apply(model, params, network.Osprey.features, images)
+    return network.apply(model, params, network.Osprey.visual_tokens, features, masks)
 
 
 @partial(jax.jit, static_argnames="model")
 def _logits(
     model: network.Osprey, params: Params, images: Array, masks: MaskPyramid, input_ids: Array
 ) -> Array:
-    return model.apply({"params": params}, images, masks, input_ids)
+    return network.apply(model, params, network.Osprey.__call__, images, masks, input_ids)
 
 
 class _Decoding(NamedTuple):
@@ -296,7 +303,11 @@ def _decoding(limit: int, temperature: float, top_p: float, seed: int) -> _Decod
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if temperature == 0:
         return _Decoding(Greedy(), limit, seed)
-    return _Decoding(TopP(temperature=np.float32(temperature), top_p=np.float32(top_p)), limit, seed)
+    return _Decoding(
+        TopP(temperature=np.asarray(temperature, np.float32), top_p=np.asarray(top_p, np.float32)),
+        limit,
+        seed,
+    )
 
 
 def _said(messages: Sequence[Mapping[str, str]]) -> list[str]:

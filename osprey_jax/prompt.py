@@ -1,4 +1,4 @@
-"""From words to token ids: the tokenizer, the conversation template, label masks and the protocols of inference.
+"""From words to token ids: tokenizer, conversation template, label masks and the protocols of inference.
 
 The weights know exact strings and exact ids, so everything here is an interface, oddities included.
 """
@@ -37,19 +37,22 @@ _SPACE = "▁"
 class Tokenizer:
     """A BPE tokenizer with the specials `<unk>`, `<s>`, `</s>` and the region placeholders.
 
-    From a `tokenizer.model` it gives the ids that the fast Llama tokenizer of transformers 4.31 gives, with which
-    the released weights were trained and which later versions of transformers don't reproduce.
+    From a `tokenizer.model` it gives the ids that the fast Llama tokenizer of transformers 4.31 gives, with
+    which the released weights were trained and which later versions of transformers don't reproduce.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, file_name: str, data: bytes):
         """Use `load`; `file_name` and `data` are what `save` writes."""
         backend.add_special_tokens([MASK_TOKEN, POSITION_TOKEN])
         self._backend, self._file_name, self._data = backend, file_name, data
-        ids = {token: backend.token_to_id(token) for token in (_BOS, _EOS, _UNKNOWN)}
-        if missing := [token for token, index in ids.items() if index is None]:
-            raise ValueError(f"{file_name} lacks the special tokens {', '.join(missing)}")
-        self.bos_id, self.eos_id, self.pad_id = ids[_BOS], ids[_EOS], ids[_UNKNOWN]
-        self.mask_id, self.position_id = map(backend.token_to_id, (MASK_TOKEN, POSITION_TOKEN))
+        self.bos_id, self.eos_id, self.pad_id = map(self._special_id, (_BOS, _EOS, _UNKNOWN))
+        self.mask_id, self.position_id = map(self._special_id, (MASK_TOKEN, POSITION_TOKEN))
+
+    def _special_id(self, token: str) -> int:
+        index = self._backend.token_to_id(token)
+        if index is None:
+            raise ValueError(f"it lacks the special token {token}")
+        return int(index)
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
@@ -88,23 +91,24 @@ def _from_json(data: bytes) -> tokenizers.Tokenizer:
 def _legacy_llama(data: bytes) -> tokenizers.Tokenizer:
     """Derives the BPE from a SentencePiece model as transformers 4.31 did."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
-    vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
-    scores = {piece: pieces.get_score(index) for piece, index in vocabulary.items()}
-    if not all(score == int(score) for score in scores.values()):
+    names = [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())] if data else []
+    if names[:3] != [_UNKNOWN, _BOS, _EOS]:
+        raise ValueError(f"its first pieces are {names[:3]}, not {_UNKNOWN}, {_BOS} and {_EOS}")
+    scores = [pieces.get_score(index) for index in range(len(names))]
+    if not all(score == int(score) for score in scores):
         raise ValueError("a SentencePiece model of another kind than BPE")
-    merges = [
-        (scores[piece], vocabulary[piece[:cut]], vocabulary[piece[cut:]])
-        for piece in vocabulary
-        if scores[piece] != 0
+    vocabulary = {piece: index for index, piece in enumerate(names)}
+    # By score, then by the piece made: Llama's pieces of white space may share a score.
+    merges = sorted(
+        (-scores[index], index, vocabulary[piece[:cut]], vocabulary[piece[cut:]])
+        for piece, index in vocabulary.items()
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    merges.sort(key=lambda merge: (-merge[0], *merge[1:]))
-    names = list(vocabulary)
+    )
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocabulary,
-            [(names[left], names[right]) for _, left, right in merges],
+            [(names[left], names[right]) for *_, left, right in merges],
             unk_token=_UNKNOWN,
             fuse_unk=True,
             byte_fallback=True,
@@ -119,7 +123,7 @@ def _legacy_llama(data: bytes) -> tokenizers.Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt: BOS first, `IMAGE_TOKEN_ID` at each `<image>`; the pieces between are tokenized alone."""
+    """Ids of a prompt: BOS first, `IMAGE_TOKEN_ID` at each `<image>`; pieces between are tokenized alone."""
     ids = [tokenizer.bos_id]
     for index, piece in enumerate(prompt.split(IMAGE_TOKEN)):
         ids += [IMAGE_TOKEN_ID] if index else []
@@ -135,7 +139,7 @@ def normalize_image(question: str) -> str:
 
 
 def conversation(turns: Sequence[tuple[str, str | None]], *, system: str) -> str:
-    """The text of a conversation of questions and answers; it ends at `ASSISTANT:` where the last answer is None."""
+    """The text of questions and answers; it ends at `ASSISTANT:` where the last answer is None."""
     return f"{system} " + "".join(_turn(question, answer) for question, answer in turns)
 
 
@@ -216,7 +220,7 @@ def _between_colons(text: str) -> str:
 
 
 def _sentences(text: str) -> str:
-    """Sentences up to the first repeated one, each ended by a full stop, as the original's demo prints them."""
+    """Sentences up to the first repeated one, each ended by a full stop, as the original's demo has them."""
     kept: list[str] = []
     for sentence in filter(None, _between_colons(text).split(".")):
         if sentence in kept:

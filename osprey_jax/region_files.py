@@ -35,11 +35,11 @@ def read_regions(
     """Reads the masks of an image of `(h, w)` pixels.
 
     Args:
-      paths: one `.json` file, or `.png` files and directories of them, whose files are taken in natural order.
-        The json is COCO's (polygons or RLEs, of any number of images) or a list of RLEs or annotations. One PNG
-        is a label map, a region for each value but 0, or a mask; several are a mask each.
+      paths: one `.json` file, or `.png` files and directories of them, read in natural order. The json is
+        COCO's (polygons or RLEs, of any number of images) or a list of RLEs or of annotations. One PNG is a
+        label map, a region for each value but 0, or a mask; several are a mask each.
       image_size: every mask must have it.
-      image_name: finds the image in a COCO file, by `file_name` without its folders; needless where it has one.
+      image_name: finds the image in a COCO file, by `file_name` without its folders; a lone one needs none.
 
     Raises:
       ValueError: names the file, and the annotation: a path that can't be read or has another suffix, a mask

@@ -72,14 +72,14 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def partition_spec(axes: Sequence[str]) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes of an array with these logical axes.
 
     Raises ValueError for a name that the table lacks, and where two axes would be split over one mesh axis.
     """
     if unknown := [axis for axis in axes if axis not in RULES]:
         raise ValueError(f"no sharding rule for the logical axes {unknown} of {tuple(axes)}")
-    spec = [RULES[axis] for axis in axes]
+    spec = [RULES[axis] for axis in axes if axis is not None]
     used = [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {tuple(axes)} would use a mesh axis twice: {spec}")

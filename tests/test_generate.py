@@ -20,7 +20,7 @@ def draws(temperature: float, top_p: float, count: int = 4000) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "top_p,kept",
+    ("top_p", "kept"),
     [(1.0, [0, 1, 2, 3, 4]), (0.9, [0, 1, 3, 4]), (0.5, [1, 3]), (0.39, [1]), (1e-6, [1])],
 )
 def test_top_p_draws_from_the_smallest_set_that_reaches_it(top_p: float, kept: list[int]) -> None:

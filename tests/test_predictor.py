@@ -20,7 +20,10 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 OPENING = "<image>\n\nThis provides an overview of the picture.\n"
-SHORT = f"{SYSTEM} USER: {OPENING}Please give me a short description of <mask><pos>. Using a short phrase. ASSISTANT:"
+SHORT = (
+    f"{SYSTEM} USER: {OPENING}"
+    "Please give me a short description of <mask><pos>. Using a short phrase. ASSISTANT:"
+)
 SIZES = {
     "grouped-query": reference.ReferenceConfig(vocab_size=400, dim=64, ffn_dim=96, num_kv_heads=2),
     "multi-head": reference.ReferenceConfig(
@@ -97,7 +100,8 @@ def test_greedy_tokens_of_every_mask_are_the_references(pair: Pair, size: tuple[
 
 
 def test_logits_of_several_regions_are_the_references(pair: Pair) -> None:
-    prompt = f"{SYSTEM} USER: {OPENING}region1<mask><pos>,region2<mask><pos>,<mask><pos> and <mask><pos>? ASSISTANT:"
+    asked = "region1<mask><pos>,region2<mask><pos>,<mask><pos> and <mask><pos>?"
+    prompt = f"{SYSTEM} USER: {OPENING}{asked} ASSISTANT:"
     masks = MASKS[[0, 2, 3, 1]]
     found = pair.ours.logits(IMAGE, masks, prompt)
     expected = pair.theirs.logits(IMAGE, masks, pair.ours.tokenize(prompt)).numpy()
@@ -142,8 +146,9 @@ def test_chat_lists_the_regions_once_and_goes_on(pair: Pair, monkeypatch: pytest
         {"role": "user", "content": "And region1?"},
     ]
     prompt = (
-        f"{SYSTEM} USER: <image>\nThis provides an overview of the picture.\nTher are 2 part regions in the picture: "
-        "region1<mask><pos>,region2<mask><pos>. What is region2? ASSISTANT: a dog</s>USER: And region1? ASSISTANT:"
+        f"{SYSTEM} USER: <image>\nThis provides an overview of the picture.\n"
+        "Ther are 2 part regions in the picture: region1<mask><pos>,region2<mask><pos>. "
+        "What is region2? ASSISTANT: a dog</s>USER: And region1? ASSISTANT:"
     )
     expected = pair.theirs.greedy(IMAGE, MASKS[:2], pair.ours.tokenize(prompt), 8)
     assert pair.ours.chat(IMAGE, MASKS[:2], messages, max_new_tokens=8) == " ".join(map(str, expected))
@@ -207,7 +212,7 @@ def test_the_package_offers_the_predictor() -> None:
 
 TWO = SHORT.replace("<mask><pos>", "<mask><pos> and <mask><pos>")
 WRONG = {
-    "no such image": (lambda o: o.embed("nowhere.jpg", MASKS), "no image at nowhere.jpg"),
+    "no such image": (lambda o: o.embed("nowhere.jpg", MASKS), r"no image at nowhere\.jpg"),
     "grey array": (lambda o: o.embed(IMAGE[:, :, 0], MASKS), r"\(h, w, 3\) uint8, got \(300, 420\)"),
     "no masks": (lambda o: o.describe(IMAGE, MASKS[:0]), "no masks given"),
     "empty list": (lambda o: o.describe(IMAGE, []), "no masks given"),
@@ -248,7 +253,7 @@ WRONG = {
     ),
     "no messages": (lambda o: o.chat(IMAGE, MASKS, []), "alternate user and assistant"),
     "dtype": (lambda o: Osprey.load("anywhere", dtype="float16"), "'float32' or 'bfloat16', got 'float16'"),
-    "no checkpoint": (lambda o: Osprey.load("nowhere"), "no directory nowhere"),
+    "no checkpoint": (lambda o: Osprey.load("nowhere"), r"no directory nowhere"),
 }
 
 

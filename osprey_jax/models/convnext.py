@@ -30,7 +30,9 @@ class PatchConv(nn.Module):
         patches = x.reshape(b, rows // s, s, columns // s, s, channels).transpose(0, 1, 3, 2, 4, 5)
         shape = (s, s, channels, self.features)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2))
-        kernel = self.param("kernel", logical(init, "kernel_rows", "kernel_columns", "channels_in", "channels"), shape)
+        kernel = self.param(
+            "kernel", logical(init, "kernel_rows", "kernel_columns", "channels_in", "channels"), shape
+        )
         bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (self.features,))
         y = jnp.einsum(
             "BYXijC,ijCD->BYXD",
@@ -52,7 +54,9 @@ class DepthwiseConv(nn.Module):
         init = nn.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=()
         )
-        kernel = self.param("kernel", logical(init, "kernel_rows", "kernel_columns", "channels"), (7, 7, channels))
+        kernel = self.param(
+            "kernel", logical(init, "kernel_rows", "kernel_columns", "channels"), (7, 7, channels)
+        )
         bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (channels,))
         y = depthwise_conv(x, kernel.astype(self.dtype))
         return y + bias.astype(self.dtype)[None, None, None, :]

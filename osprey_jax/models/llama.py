@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
         q = nn.with_logical_constraint(q, ("batch", None, "activation_heads", None))
         q = apply_rotary(q, positions, theta=c.rope_theta)
         k = apply_rotary(k, positions, theta=c.rope_theta)
-        if kv is not None:
+        if kv is not None and end is not None:
             start = (0, end, 0, 0)
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
@@ -170,9 +170,9 @@ class Llama(nn.Module):
             prefix_segments=prefix_segment_ids,
         )
         x = nn.with_logical_constraint(embeddings.astype(self.dtype), ("batch", None, "activation_embed"))
-        kv = None if cache is None else (cache.keys, cache.values)
-        x, kv = self.layers(x, kv, None if cache is None else cache.end, positions, mask)
-        if cache is not None:
+        kv, end = (None, None) if cache is None else ((cache.keys, cache.values), cache.end)
+        x, kv = self.layers(x, kv, end, positions, mask)
+        if cache is not None and kv is not None:
             keys, values = kv
             end = cache.end + positions.shape[1]
             cache = Cache(

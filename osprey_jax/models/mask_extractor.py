@@ -5,6 +5,7 @@ Differs: takes a mask pyramid made beforehand, a batch of images with equally ma
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import flax.linen as nn
 import jax
@@ -33,13 +34,14 @@ class MaskExtractor(nn.Module):
         """Returns mask tokens and position tokens, each `(B, R, D)` float32."""
         dim, out = self.config.dim, self.out_dim
         pooled = masked_pooling(tuple(features), tuple(masks.levels))
-        summed = sum(
+        projected = [
             Linear((x.shape[-1],), (dim,), ("channels", "extractor"), name=level)(x)
             for level, x in zip(LEVELS, pooled, strict=True)
-        )
+        ]
+        summed = reduce(jnp.add, projected)
         mask_tokens = Linear((dim,), (out,), ("extractor", "embed"), name="feat_linear")(summed)
 
-        x = masks.position.astype(jnp.float32)
+        x = jnp.asarray(masks.position, jnp.float32)
         x = x.reshape(*x.shape[:2], -1)
         x = jax.nn.relu(Linear((x.shape[-1],), (dim,), ("pixels", "extractor"), name="mask_linear_0")(x))
         x = jax.nn.relu(Linear((dim,), (dim,), ("extractor", "extractor_out"), name="mask_linear_1")(x))

@@ -5,6 +5,10 @@ Differs: sequences have static shapes. An image occupies `num_image_tokens` plac
 holding `IMAGE_TOKEN_ID`; every `<mask>` and `<pos>` occupies one.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -127,6 +131,11 @@ class Osprey(nn.Module):
         return self.logits(hidden)
 
 
+def apply(model: Osprey, params: Params, method: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What a method of the network, such as `Osprey.features`, returns with these parameters."""
+    return model.apply({"params": params}, *args, method=method, **kwargs)
+
+
 def _whole(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Keeps tokens together on a mesh, split over the batch alone, so that splicing moves nothing."""
     return nn.with_logical_constraint(x, ("batch", None, "activation_embed"))
@@ -143,19 +152,20 @@ def splice(
     return jnp.where(places[:, :, None], chosen.astype(x.dtype), x)
 
 
-def boxed_params(config: OspreyConfig) -> Params:
-    """Shapes of all float32 parameters, boxed with their logical axes; allocates nothing."""
+def _init(config: OspreyConfig, key: Array) -> Params:
+    """Fresh parameters, boxed with their logical axes."""
     vision, size = config.vision, config.extractor.position_size
     masks = MaskPyramid(
         levels=tuple(jnp.zeros((1, 1, side, side), bool) for side in vision.level_sizes),
         position=jnp.zeros((1, 1, size, size), jnp.float32),
     )
+    images = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
+    return Osprey(config).init(key, images, masks, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def init() -> Params:
-        images = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
-        return Osprey(config).init(jax.random.key(0), images, masks, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    return jax.eval_shape(init)
+def boxed_params(config: OspreyConfig) -> Params:
+    """Shapes of all float32 parameters, boxed with their logical axes; allocates nothing."""
+    return jax.eval_shape(partial(_init, config), jax.random.key(0))
 
 
 def abstract_params(config: OspreyConfig, dtype: jnp.dtype | str = "float32") -> Params:
@@ -167,11 +177,4 @@ def abstract_params(config: OspreyConfig, dtype: jnp.dtype | str = "float32") ->
 
 def init_params(config: OspreyConfig, key: Array) -> Params:
     """Fresh float32 parameters."""
-    vision, size = config.vision, config.extractor.position_size
-    masks = MaskPyramid(
-        levels=tuple(jnp.zeros((1, 1, side, side), bool) for side in vision.level_sizes),
-        position=jnp.zeros((1, 1, size, size), jnp.float32),
-    )
-    images = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
-    init = jax.jit(Osprey(config).init)
-    return nn.unbox(init(key, images, masks, jnp.zeros((1, 1), jnp.int32))["params"])
+    return nn.unbox(jax.jit(partial(_init, config))(key))

@@ -1,0 +1,258 @@
+"""Describes regions of an image: `python -m osprey_jax.describe --checkpoint D --image I --masks M`."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from osprey_jax import figure
+from osprey_jax.image import load_image
+from osprey_jax.masks import encode_rle
+from osprey_jax.predictor import Level, Osprey
+from osprey_jax.prompt import IMAGE_TOKEN, PROTOCOLS, REGION
+from osprey_jax.region_files import Regions, read_regions
+
+USAGE_ERROR = 2
+_FEW = 3
+"""Up to so many regions need no progress bar."""
+
+_EXAMPLE = """\
+example:
+  python -m osprey_jax.describe --checkpoint checkpoints/osprey --image photo.jpg \\
+      --masks annotations.json --output words.jsonl --figure photo_regions.png
+
+masks, one of:
+  annotations.json    COCO json (polygons or RLEs); of several images, the one with the image's file name
+  rles.json           a list of RLEs, or of objects with a segmentation
+  labels.png          a label map: one region for each value but 0; or a single mask of 0 and 255
+  a.png b.png, dir/   several masks of 0 and 255 (or 0 and 1)
+Masks have the image's own size. Annotations that can't be read are named and left out.
+
+Each line of the output is a JSON object: image, region (the annotation's id, the label map's value, or the
+number from 1), label (category or mask file, if there is one), box (x0, y0, x1, y1; the last two exclusive),
+area, segmentation (COCO RLE), question, text.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 after an error in what it was given."""
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m osprey_jax.describe",
+        description="Says in words what the masked regions of an image are.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="made by convert_torch_ckpt.py or training",
+    )
+    add("--image", type=Path, required=True, metavar="FILE")
+    add(
+        "--masks",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="a file, or several PNGs; see below",
+    )
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--level", choices=("short", "detailed"), help="default: short")
+    asked.add_argument(
+        "--question",
+        type=_question,
+        metavar="TEXT",
+        help='asked of each region, as in "What colour is <region>?"',
+    )
+    add("--output", type=Path, metavar="FILE", help="JSON lines; without it, a table is printed")
+    add("--figure", type=Path, metavar="FILE", help="draws the regions and their words, .png or .jpg")
+    add(
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="limit of an answer; default: 64, or 512 for long ones",
+    )
+    add("--temperature", type=_temperature, default=0.0, help="of sampling; default: 0, the likeliest words")
+    add("--top-p", type=_probability, default=1.0, help="samples among the likeliest tokens; default: 1, all")
+    add("--seed", type=int, default=0, help="of sampling; default: 0")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    inputs = [args.image, *args.masks]
+    _check_target(args.output, inputs)
+    _check_target(args.figure, [*inputs, args.output])
+    if args.figure is not None and args.figure.suffix.lower() not in figure.FORMATS:
+        raise ValueError(f"a figure is one of {', '.join(figure.FORMATS)}, not {args.figure}")
+    if not args.checkpoint.is_dir():
+        raise ValueError(f"no checkpoint directory {args.checkpoint}")
+    image = load_image(args.image)
+    regions = read_regions(args.masks, (image.shape[0], image.shape[1]), image_name=args.image.name)
+    _report_skipped(args.masks[0], regions)
+    level: Level = args.level or "short"
+    osprey = Osprey.load(args.checkpoint, dtype=args.dtype)
+    with tqdm(total=len(regions.masks), unit="region", disable=len(regions.masks) <= _FEW) as bar:
+        texts = osprey.describe(
+            image,
+            regions.masks,
+            level,
+            question=args.question,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            progress=bar.update,
+        )
+    question = args.question or PROTOCOLS[f"demo_{level}"].question
+    assert question is not None, "the demo's protocols have questions"
+    records = _records(args.image, regions, question, texts)
+    if args.output is None:
+        _print_table(records)
+    else:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with _replacing(args.output) as partial:
+            # What UTF-8 can't encode becomes \udXXX, which is JSON's own escape.
+            partial.write_bytes(lines.encode("utf-8", "backslashreplace"))
+        print(f"{len(records)} regions in {args.output}", file=sys.stderr)
+    if args.figure is not None:
+        picture = figure.draw_regions(image, regions.masks, texts)
+        with _replacing(args.figure) as partial:
+            picture.save(partial, format=figure.FORMATS[args.figure.suffix.lower()], quality=92)
+        print(f"figure in {args.figure}", file=sys.stderr)
+
+
+def _question(text: str) -> str:
+    if (count := text.replace("<region>", REGION).count(REGION)) != 1:
+        raise argparse.ArgumentTypeError(f"must name <region> once, this one does so {count} times: {text!r}")
+    if IMAGE_TOKEN in text:
+        raise argparse.ArgumentTypeError(
+            f"must not name {IMAGE_TOKEN}, which is put in front of it: {text!r}"
+        )
+    return text
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+def _probability(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
+def _check_target(path: Path | None, others: Sequence[Path | None]) -> None:
+    """Finds out before the work that a file can be written, and that it takes the place of nothing in use."""
+    if path is None:
+        return
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cannot write {path}: it is not a file")
+    if not target.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no directory {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission to write in {target.parent}")
+    if target in [other.resolve() for other in others if other is not None]:
+        raise ValueError(f"cannot write {path}: it is the path of another file of this command")
+
+
+def _report_skipped(path: Path, regions: Regions) -> None:
+    if skipped := regions.skipped:
+        total = len(skipped) + len(regions.ids)
+        print(f"warning: {path}: {len(skipped)} of {total} annotations are left out", file=sys.stderr)
+        for reason in skipped:
+            print(f"  {reason}", file=sys.stderr)
+
+
+def _records(image: Path, regions: Regions, question: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """One JSON object for each region, its keys in the order of `--help`."""
+    records = []
+    for mask, name, label, text in zip(regions.masks, regions.ids, regions.labels, texts, strict=True):
+        records.append(
+            {
+                "image": os.fspath(image),
+                "region": name,
+                **({} if label is None else {"label": label}),
+                "box": _box(mask),
+                "area": int(mask.sum()),
+                "segmentation": encode_rle(mask),
+                "question": question.replace(REGION, "<region>"),
+                "text": text,
+            }
+        )
+    return records
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    """x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
+    if not mask.any():
+        return [0, 0, 0, 0]
+    (ys,), (xs,) = np.nonzero(mask.any(1)), np.nonzero(mask.any(0))
+    return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1]
+
+
+def _print_table(records: Sequence[dict[str, Any]]) -> None:
+    label = "label" if any("label" in record for record in records) else ""
+    rows = [("#", "region", label, "box", "area")]
+    for number, record in enumerate(records, 1):
+        box = " ".join(map(str, record["box"])) if record["area"] else "(empty mask)"
+        rows.append((str(number), str(record["region"]), record.get("label", ""), box, str(record["area"])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    margin = sum(width + 2 for width in widths if width)
+    room = max(shutil.get_terminal_size((120, 24)).columns - margin, 30)
+    encoding = sys.stdout.encoding or "utf-8"
+    for row, text in zip(rows, ["text", *(record["text"] for record in records)], strict=True):
+        cells = "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=True) if width)
+        line = cells + f"\n{' ' * margin}".join(textwrap.wrap(text, room))
+        print(line.rstrip().encode(encoding, "replace").decode(encoding))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Gives a file to write, which becomes `path` when the block ends and vanishes when it raises.
+
+    A link stays one and what it points to is replaced.
+    """
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.incomplete")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
