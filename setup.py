@@ -5,12 +5,16 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIRES = [
+    "absl-py>=2.0",
     "etils[epath]>=1.10",
     "flax>=0.12",
+    # The loader tells its own state apart from Grain's, whose classes move between minor versions.
+    "grain>=0.2.18,<0.3",
     "huggingface_hub>=1.0",
     # Two minor versions that are known to work: Python 3.11 has 0.10, newer Pythons have 0.11.
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",
+    "ml_collections>=1.0",
     "numpy>=2.0",
     # The documented v1 interface still moves between minor versions.
     "orbax-checkpoint>=0.12,<0.13",
@@ -18,6 +22,7 @@ REQUIRES = [
     "pycocotools>=2.0.8",
     "safetensors>=0.5",
     "sentencepiece>=0.2",
+    "tensorboardX>=2.6",
     "tokenizers>=0.21",
     "tqdm>=4.66",
 ]

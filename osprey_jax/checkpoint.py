@@ -1,20 +1,26 @@
 """Checkpoints: the parameters in Orbax's format, with the configuration and the tokenizer beside them.
 
 A checkpoint is a directory of `config.json` (`OspreyConfig`), `params/` (Orbax) and `tokenizer.model` or
-`tokenizer.json`. It is complete or it isn't there: everything is written to a sibling directory first, which
-takes the final name at the end. No other module knows Orbax.
+`tokenizer.json`; one that a training saves on its way has the rest of the training's state beside that. It
+is complete or it isn't there: everything is written to a sibling directory first, which takes the final name
+at the end. No other module knows Orbax.
 """
 
 import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -33,13 +39,13 @@ def new_directory(directory: Path | str) -> Iterator[Path]:
     Raises ValueError where `directory` exists. On several hosts every process enters the block together, and
     the directory has to be on a file system that they share.
     """
-    directory = Path(directory).absolute()
+    directory = as_path(directory)
     if directory.exists():
         raise ValueError(f"{directory} exists already")
     partial = directory.with_name(f".{directory.name}.incomplete")
     _synchronise(f"before {directory}")
     if jax.process_index() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         partial.mkdir(parents=True)
     _synchronise(f"made {directory}")
     try:
@@ -49,7 +55,8 @@ def new_directory(directory: Path | str) -> Iterator[Path]:
             partial.rename(directory)
         _synchronise(f"renamed {directory}")
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(partial)
         raise
 
 
@@ -67,15 +74,10 @@ def save_parts(
     """
     with new_directory(directory) as partial:
         if jax.process_index() == 0:
-            (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-            tokenizer.save(partial)
-        context = ocp.Context()
+            _describe(partial, config, tokenizer)
+        context = _saving()
         # The call blocks until all is written: a copy that guards asynchronous saves would only cost memory.
         context.memory.deepcopy_host_arrays = False
-        # Weights hardly compress; uncompressed slices along the first axis are written from where they lie.
-        context.array.saving.use_compression = False
-        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-        context.array.saving.storage_options.shard_axes = (0,)
         with context:
             iterator = iter(parts)
             while (part := next(iterator, None)) is not None:
@@ -86,7 +88,7 @@ def save_parts(
 
 def load_config(directory: Path | str) -> OspreyConfig:
     """Reads a checkpoint's configuration; a ValueError says what makes `directory` no checkpoint of ours."""
-    directory = Path(directory)
+    directory = cast(Path, epath.Path(directory))
     path = directory / "config.json"
     if not directory.is_dir():
         raise ValueError(f"no directory {directory}")
@@ -113,7 +115,7 @@ def saved_shapes(directory: Path | str) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct` that a checkpoint holds, from its metadata alone."""
     load_config(directory)
     with _damage_named(directory):
-        metadata = ocp.metadata(Path(directory).absolute() / "params").metadata
+        metadata = ocp.metadata(as_path(directory) / "params").metadata
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)), metadata)
 
 
@@ -135,13 +137,8 @@ def load_params(directory: Path | str, abstract_params: Params) -> dict[str, Any
             f"parameters in {directory} don't fit the model; only wanted (-), only saved (+), "
             "of another shape (!):\n" + "\n".join(faults)
         )
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device),
-        unflatten(wanted),
-    )
     with _damage_named(directory):
-        return ocp.load(Path(directory).absolute() / "params", targets)
+        return ocp.load(as_path(directory) / "params", _placed(unflatten(wanted)))
 
 
 def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
@@ -151,8 +148,143 @@ def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     for path, struct in flatten(saved_shapes(directory)).items():
         target = unflatten({path: _HostArray(struct.shape, struct.dtype)})
         with _damage_named(directory), context:
-            tree = ocp.load(Path(directory).absolute() / "params", target)
+            tree = ocp.load(as_path(directory) / "params", target)
         yield path, flatten(tree).pop(path)
+
+
+class Restored(NamedTuple):
+    """What a training goes on from."""
+
+    step: int
+    arrays: dict[str, Any]
+    """Trees of arrays by name, as they were given to `save`."""
+    loader_state: bytes
+
+
+class TrainingCheckpoints:
+    """The checkpoints of a run: a directory named by its step for each, the newest ones kept.
+
+    Each is a checkpoint like any other, for `load_params` or the converter, and has beside `params/` the
+    trees of arrays that a training needs (Orbax), every process's `loader/<process>`, and
+    `manifest.json`, written last, with a checksum of every leaf and file. A directory whose save was cut off
+    has another name.
+    """
+
+    def __init__(
+        self, directory: os.PathLike | str, *, keep: int, config: OspreyConfig, tokenizer: Tokenizer
+    ):
+        """`directory` need not exist; `keep` is how many checkpoints stay; the rest goes into each."""
+        self.directory, self._keep = as_path(directory), keep
+        self._config, self._tokenizer = config, tokenizer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps there are complete checkpoints of, in order."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def save(self, step: int, arrays: Mapping[str, Params], loader_state: bytes) -> None:
+        """Begins to save; arrays may be donated as soon as this returns.
+
+        Args:
+          step: names the directory, which must not exist.
+          arrays: `params`, and other trees by name.
+          loader_state: this process's own.
+
+        A save that is still being written is waited for; what `wait` raises, this raises as well.
+        """
+        self.wait()
+        partial = self.directory / f".{step}.incomplete"
+        if jax.process_index() == 0:
+            _remove(partial)
+            (partial / "loader").mkdir(parents=True)
+        _synchronise(f"made {partial}")
+        (partial / "loader" / str(jax.process_index())).write_bytes(loader_state)
+        sums = _checksums(arrays)
+        with _saving():
+            responses = [ocp.save_async(partial / name, tree) for name, tree in arrays.items()]
+
+        def commit() -> None:
+            try:
+                # Each ends with a barrier of all processes, so afterwards everything of everyone is there.
+                for response in responses:
+                    response.result()
+                if jax.process_index() == 0:
+                    _describe(partial, self._config, self._tokenizer)
+                    _write_manifest(partial, sums)
+                    partial.rename(self.directory / str(step))
+                    for old in self.steps()[: -self._keep]:
+                        hidden = (self.directory / str(old)).rename(self.directory / f".{old}.incomplete")
+                        _remove(hidden)
+            except Exception as error:
+                with contextlib.suppress(OSError):
+                    _remove(partial)
+                raise OSError(f"cannot write {self.directory / str(step)}: {_first_line(error)}") from error
+
+        self._pending = self._thread.submit(commit)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more. Raises OSError where the last save failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def restore(self, step: int, targets: Mapping[str, Params]) -> Restored:
+        """Reads a checkpoint into trees of `jax.ShapeDtypeStruct` with shardings, and checks every checksum.
+
+        Raises ValueError that names the directory and what is wrong with it.
+        """
+        directory = self.directory / str(step)
+        with _damage_named(directory):
+            manifest = json.loads((directory / "manifest.json").read_text())
+            for name, crc in manifest["files"].items():
+                if zlib.crc32((directory / name).read_bytes()) != crc:
+                    raise ValueError(f"{name} has changed since it was written")
+            loader_state = (directory / "loader" / str(jax.process_index())).read_bytes()
+            arrays = {name: ocp.load(directory / name, _placed(tree)) for name, tree in targets.items()}
+            found, expected = _flat_checksums(_checksums(arrays)), manifest["arrays"]
+            if changed := sorted(path for path in expected if found.get(path) != expected[path]):
+                raise ValueError(f"{', '.join(changed[:3])} differ from what was written")
+        return Restored(step, arrays, loader_state)
+
+    def restore_newest(
+        self, targets: Mapping[str, Params], *, report: Callable[[str], None]
+    ) -> Restored | None:
+        """`restore` of the newest checkpoint that is whole, or None where there is none at all.
+
+        Newer, damaged ones get the name `<step>.damaged`, so that the run can write these steps anew;
+        `report` is told. Raises ValueError where all are damaged, and then moves none.
+        """
+        faults: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = self.restore(step, targets)
+            except ValueError as error:
+                faults[step] = str(error)
+                continue
+            for damaged, fault in faults.items():
+                if jax.process_index() == 0:
+                    aside = self.directory / f"{damaged}.damaged"
+                    _remove(aside)
+                    (self.directory / str(damaged)).rename(aside)
+                report(f"warning: {fault}; it is now called {damaged}.damaged, going on from step {step}")
+            _synchronise(f"restored {step}")
+            return restored
+        if faults:
+            raise ValueError(
+                f"none of the checkpoints in {self.directory} can be restored; move them away to begin anew. "
+                + "; ".join(faults.values())
+            )
+        return None
+
+    def clean_up(self) -> None:
+        """Removes what saves that were cut off have left behind."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for path in self.directory.iterdir():
+                if path.name.startswith(".") and path.name.endswith(".incomplete"):
+                    _remove(path)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -175,12 +307,67 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def as_path(path: os.PathLike | str) -> Path:
+    """An absolute path, or what acts as one for a bucket's address such as `gs://bucket/run`."""
+    return cast(Path, epath.Path(path)) if "://" in str(path) else Path(path).absolute()
+
+
 @dataclasses.dataclass
 class _HostArray:
     """What tells Orbax to restore a NumPy array: a shape and a dtype, and no sharding."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+def _describe(directory: Path, config: OspreyConfig, tokenizer: Tokenizer) -> None:
+    """Writes what a checkpoint has beside arrays."""
+    (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as local:  # a tokenizer knows no buckets
+        tokenizer.save(local)
+        for file in Path(local).iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+
+
+def _write_manifest(directory: Path, sums: Mapping[str, Any]) -> None:
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    names += [f"loader/{path.name}" for path in (directory / "loader").iterdir()]
+    files = {name: zlib.crc32((directory / name).read_bytes()) for name in sorted(names)}
+    manifest = {"files": files, "arrays": _flat_checksums(sums)}
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+@jax.jit
+def _checksums(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Sum of each leaf's bits as unsigned words: the same however it's split over devices, and fast."""
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize])
+        return jnp.sum(bits.astype(jnp.uint32))
+
+    return jax.tree.map(checksum, tree)
+
+
+def _flat_checksums(sums: Mapping[str, Any]) -> dict[str, int]:
+    return {path: int(value) for path, value in flatten(sums).items()}
+
+
+def _placed(tree: Params) -> Params:
+    """The same tree, leaves without a sharding given that of the first local device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device), tree
+    )
+
+
+def _saving() -> ocp.Context:
+    """How arrays are written: weights hardly compress; chunks are slices along the first axis."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.storage_options.shard_axes = (0,)
+    return context
 
 
 def _save_part(directory: Path, part: Params) -> None:
@@ -200,8 +387,15 @@ def _damage_named(directory: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"the checkpoint {directory} is damaged: {reason}") from error
+        raise ValueError(f"the checkpoint {directory} is damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _remove(path: Path) -> None:
+    epath.Path(path).rmtree(missing_ok=True)
 
 
 def _synchronise(name: str) -> None:

@@ -93,7 +93,7 @@ def tiny() -> OspreyConfig:
         vision=VisionConfig(image_size=96, depths=(1, 1, 2, 1), dims=(32, 64, 128, 192)),
         extractor=ExtractorConfig(dim=128, position_size=112),
         decoder=DecoderConfig(
-            vocab_size=512, dim=128, ffn_dim=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32
+            vocab_size=512, dim=128, ffn_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32
         ),
         mask_token_id=512,
         position_token_id=513,

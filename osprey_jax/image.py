@@ -58,13 +58,14 @@ def preprocess(image: np.ndarray, *, size: int) -> np.ndarray:
 
 
 def _resize_square(pixels: np.ndarray, size: int) -> np.ndarray:
-    top, bottom, wy = bilinear_taps(pixels.shape[0], size)
-    left, right, wx = bilinear_taps(pixels.shape[1], size)
-    wy, wx, one = wy[:, None, None], wx[:, None], np.float32(1)
-    upper, lower = pixels[top], pixels[bottom]
-    upper_row = upper[:, left] * (one - wx) + upper[:, right] * wx
-    lower_row = lower[:, left] * (one - wx) + lower[:, right] * wx
-    return upper_row * (one - wy) + lower_row * wy
+    for axis in (1, 0):
+        # The short edge has its size already, and reading each pixel alone would leave it as it is.
+        if pixels.shape[axis] != size:
+            low, high, weight = bilinear_taps(pixels.shape[axis], size)
+            weight = weight[:, None, None] if axis == 0 else weight[:, None]
+            lower, upper = pixels.take(low, axis), pixels.take(high, axis)
+            pixels = lower * (np.float32(1) - weight) + upper * weight
+    return pixels
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -15,15 +15,16 @@ LAYERS = (
     ("typing",),
     ("config", "prompt", "image", "masks", "region_files", "figure", "sharding", "batch", "ops"),
     ("models", "sam"),
-    ("loss", "optim", "checkpoint", "convert", "convert_rules", "torch_files", "generate"),
+    ("loss", "optim", "metrics", "checkpoint", "convert", "convert_rules", "torch_files", "generate"),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
-    ("train", "describe", "label", "eval", "serve", "demo"),
+    ("train_config", "train"),
+    ("describe", "label", "eval", "serve", "demo"),
 )
 """From the bottom up; a package's entry holds for what is in it, unless a longer entry does."""
 
 NUMPY_ONLY = ("config", "prompt", "image", "masks", "region_files", "figure")
-PIPELINES_MAY_USE = ("typing", *NUMPY_ONLY)
-MAY_USE_PIPELINES = ("train", "eval", "label")
+PIPELINES_MAY_USE = ("typing", "batch", *NUMPY_ONLY)
+MAY_USE_PIPELINES = ("train", "eval", "label", "demo")
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 TORCH = {"torch", "torchvision", "transformers", "timm", "open_clip", "safetensors.torch"}
 MESH_NAMES = {"PartitionSpec"}

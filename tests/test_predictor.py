@@ -29,6 +29,9 @@ SIZES = {
     "multi-head": reference.ReferenceConfig(
         vocab_size=400, dim=48, ffn_dim=80, num_heads=6, num_kv_heads=6, num_layers=3, dims=(8, 24, 40, 48)
     ),
+    "whole tower": reference.ReferenceConfig(
+        vocab_size=400, dim=64, num_kv_heads=2, depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)
+    ),
 }
 
 
@@ -41,7 +44,10 @@ class Pair:
     directory: Path
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(
+    scope="module",
+    params=["grouped-query", "multi-head", pytest.param("whole tower", marks=pytest.mark.slow)],
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     directory = tmp_path_factory.mktemp("predictor")
     sentencepiece.SentencePieceTrainer.train(

@@ -31,7 +31,8 @@ def example_masks(height, width, seed=0):
 
 
 @pytest.mark.parametrize(
-    "height,width", [(480, 640), (427, 640), (512, 512), (333, 1000), (1, 1), (7, 2000), (96, 96), (16, 48), (1365, 2048)]
+    ("height", "width"),
+    [(480, 640), (427, 640), (512, 512), (333, 1000), (1, 1), (7, 2000), (96, 96), (16, 48), (1365, 2048)],
 )
 def test_pyramids_equal_torch_interpolate(height, width):
     masks = example_masks(height, width)
@@ -53,10 +54,14 @@ def test_taps_of_non_zero_weight_equal_torch_for_every_size(out_size):
         ramp = torch.arange(in_size, dtype=torch.float32)
         odd = (ramp % 2)[None, None, None]
         picked = F.interpolate(odd, size=(1, out_size), mode="bilinear", align_corners=False)[0, 0, 0].numpy()
-        parity = np.where(lo % 2, 1 - weight, weight) * np.where(hi == lo, 0, 1) + np.where(hi == lo, lo % 2, 0)
+        parity = np.where(lo % 2, 1 - weight, weight) * np.where(hi == lo, 0, 1) + np.where(
+            hi == lo, lo % 2, 0
+        )
         np.testing.assert_array_equal(picked > 0, parity > 0, err_msg=f"{in_size} -> {out_size}")
         even = 1 - odd
-        picked = F.interpolate(even, size=(1, out_size), mode="bilinear", align_corners=False)[0, 0, 0].numpy()
+        picked = F.interpolate(even, size=(1, out_size), mode="bilinear", align_corners=False)[
+            0, 0, 0
+        ].numpy()
         np.testing.assert_array_equal(picked > 0, 1 - parity > 0, err_msg=f"{in_size} -> {out_size}")
 
 

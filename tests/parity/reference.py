@@ -1,12 +1,13 @@
 """A PyTorch Osprey for parity tests, put together out of torch and transformers' own ConvNeXt and Llama.
 
-It follows SPEC (what the original computes) and shares no code with `osprey_jax`, so that an agreement of the two
-means something. Weights are random and scaled such that every part shows in the logits. The writers below lay
-the same weights out on disk as the public files do: the release, open_clip's tower, Vicuna, stage 1's projector.
+It follows SPEC (what the original computes) and shares no code with `osprey_jax`, so that an agreement of the
+two means something. Weights are random and scaled such that every part shows in the logits. The writers below
+lay the same weights out on disk as the public files do: the release, open_clip's tower, Vicuna, stage 1's
+projector.
 
 Reference: Yuan et al., Osprey: Pixel Understanding with Visual Instruction Tuning, arXiv 2312.10032.
-Axes: B batch, T tokens, D width, V vocabulary, R regions, C channels, Y X feature rows and columns; h w are a mask's
-or an image's own rows and columns, S the side of the tower's input.
+Axes: B batch, T tokens, D width, V vocabulary, R regions, C channels, Y X feature rows and columns; h w are a
+mask's or an image's own rows and columns, S the side of the tower's input.
 """
 
 import dataclasses
@@ -67,6 +68,7 @@ class ReferenceConfig:
     num_layers: int = 2
     num_heads: int = 4
     num_kv_heads: int = 4
+    head_dim: int | None = None  # dim / num_heads, as in every released model
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
@@ -95,7 +97,10 @@ class _MaskExtractor(nn.Module):
 
 
 class OspreyReference(nn.Module):
-    """Osprey with random float32 weights; `forward` can be differentiated, `logits` and `greedy` keep no graph."""
+    """Osprey with random float32 weights; `forward` has gradients, `logits` and `greedy` keep no graph.
+
+    Under `torch.device("meta")` it has shapes and no weights, so one of 7 billion parameters costs nothing.
+    """
 
     def __init__(self, config: ReferenceConfig, seed: int = 0):
         super().__init__()
@@ -114,7 +119,7 @@ class OspreyReference(nn.Module):
 
     @torch.no_grad()
     def _randomise(self, seed: int) -> None:
-        """Draws all weights: unit gain at most places, no bias at zero, no norm at one, `gamma` in 0.1 to 0.5."""
+        """Draws all weights: unit gain mostly, no bias at zero, no norm at one, `gamma` in 0.1 to 0.5."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in sorted(self.named_parameters()):
             if name.endswith("layer_scale_parameter"):
@@ -155,7 +160,7 @@ class OspreyReference(nn.Module):
         return self.projector(res4.flatten(2).transpose(1, 2))
 
     def pool(self, features: list[Tensor], masks: Tensor) -> list[Tensor]:
-        """Means of each level (1, C, Y, X) over each mask (R, h, w): a list of (R, C); an empty level gives 0."""
+        """Means of each level (1, C, Y, X) over masks (R, h, w): a list of (R, C); an empty level gives 0."""
         pooled = []
         for level in features:
             inside = (_resize(masks[:, None], level.shape[-2:]) > 0).to(level.dtype)
@@ -177,7 +182,7 @@ class OspreyReference(nn.Module):
         self, ids: list[int], image_tokens: Tensor, mask_tokens: Tensor, position_tokens: Tensor,
         mask_id: int, position_id: int,
     ) -> Tensor:  # fmt: skip
-        """Embeds ids to (1, T, D): -200 becomes all image tokens, the k-th placeholder the k-th region's token.
+        """Embeds ids to (1, T, D): -200 becomes all image tokens, placeholder k the token of region k.
 
         Raises ValueError where the number of `mask_id` or `position_id` differs from the number of regions.
         """
@@ -231,10 +236,14 @@ class OspreyReference(nn.Module):
             output = self.llama(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
         return answer
 
+    def release_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters themselves, with their gradients, under the release's names."""
+        return {_release_name(name): weight for name, weight in self.named_parameters()}
+
     def release_state_dict(self) -> dict[str, Tensor]:
         """All weights under the release's names, its unused tensors included."""
-        tensors = {_release_name(name): weight.detach() for name, weight in self.named_parameters()}
-        width, head_dim = self.config.dims[-1], self.config.dim // self.config.num_heads
+        tensors: dict[str, Tensor] = {k: v.detach() for k, v in self.release_parameters().items()}
+        width, head_dim = self.config.dims[-1], self.llama.config.head_dim
         generator = torch.Generator().manual_seed(1)
         unused = {"trunk.head.norm.weight": (width,), "trunk.head.norm.bias": (width,)}
         unused |= {"head.mlp.fc1.weight": (width, width), "head.mlp.fc1.bias": (width,)}
@@ -253,7 +262,7 @@ class OspreyReference(nn.Module):
 
         Raises ValueError, and loads nothing, where names are missing or unknown or a shape differs.
         """
-        targets = {_release_name(name): weight for name, weight in self.named_parameters()}
+        targets = self.release_parameters()
         used = {name: tensor for name, tensor in tensors.items() if not UNUSED.search(name)}
         faults = [f"- {name}" for name in sorted(targets.keys() - used.keys())]
         faults += [f"+ {name}" for name in sorted(used.keys() - targets.keys())]
@@ -283,6 +292,7 @@ def _llama_fields(config: ReferenceConfig) -> dict[str, Any]:
     fields |= {"num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads}
     fields |= {"num_hidden_layers": config.num_layers, "rms_norm_eps": config.norm_eps, "hidden_act": "silu"}
     fields |= {"max_position_embeddings": 4096, "initializer_range": 0.02, "pretraining_tp": 1}
+    fields |= {"head_dim": config.head_dim} if config.head_dim else {}
     fields |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return fields | {"tie_word_embeddings": False, "use_cache": True}
 
@@ -291,10 +301,10 @@ def write_release(
     reference: OspreyReference, directory: Path | str, *, tokenizer_model: Path | str | None,
     num_shards: int = 2, safetensors: bool = False, dtype: torch.dtype | None = None, with_tower: bool = True,
 ) -> None:  # fmt: skip
-    """Writes a directory laid out as the release: `config.json`, shards and their index, the tokenizer's files.
+    """Writes a directory laid out as the release: `config.json`, shards, their index and a tokenizer.
 
-    `dtype` casts all but `inv_freq`; `with_tower=False` leaves out everything of the tower, its head included;
-    without `tokenizer_model` no tokenizer is written.
+    `dtype` casts all but `inv_freq`; `with_tower=False` leaves out everything of the tower, its head
+    included; without `tokenizer_model` no tokenizer is written.
     """
     fields = {
         "architectures": ["OspreyLlamaForCausalLM"],
@@ -346,7 +356,7 @@ def write_projector(reference: OspreyReference, path: Path | str) -> None:
 
 
 def read_shards(directory: Path | str) -> dict[str, Tensor]:
-    """Reads all tensors of a checkpoint directory: through its index, else its one file, .bin or safetensors."""
+    """Reads all tensors of a checkpoint directory: through its index, else from its one file."""
     directory = Path(directory)
     for base in ("pytorch_model.bin", "model.safetensors"):
         index = directory / f"{base}.index.json"

@@ -1,0 +1,77 @@
+"""Every key there is, with the values that most runs share; the other files override what differs.
+
+python -m osprey_jax.train --config=configs/FILE.py --workdir=DIR --config.KEY=VALUE
+"""
+
+from ml_collections import ConfigDict
+
+from osprey_jax.config import OspreyConfig
+
+
+def get_config() -> ConfigDict:
+    """Stage 3's optimisation of the released model; no data is named."""
+    config = ConfigDict()
+
+    # Of the first parameters, and of the order of the data.
+    config.seed = 0
+    # Updates, or 0 for so many that every source is gone through `epochs` times; then those are 0.
+    config.steps = 0
+    config.epochs = 2.0
+    # Dialogues of one update, over all devices.
+    config.batch_size = 4
+    # Parts that a batch is computed in, one after another; what is learned is the same.
+    config.accumulation = 1
+
+    # AdamW. The learning rate rises over a share of the steps, then falls to 0 along a cosine.
+    config.learning_rate = 1e-5
+    config.warmup = 0.03
+    config.b1 = 0.9
+    config.b2 = 0.999
+    config.weight_decay = 0.0
+    # The largest norm of all gradients together; 0 for no clipping.
+    config.clip_norm = 1.0
+
+    # Regular expressions: a parameter whose whole path one of them matches is trained, the rest is frozen.
+    config.trained = (".*",)
+    # Of the frozen parameters ("float32" or "bfloat16"); trained ones are float32.
+    config.frozen_dtype = "bfloat16"
+    # What the tower and the decoder compute in; norms, softmax, extractor and loss are float32 in any case.
+    config.dtype = "bfloat16"
+
+    # Devices: copies of the parameters (0: as many as there is room for), parts that parameters and batch are
+    # split in, and parts that heads and widths are split in.
+    config.mesh = ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})
+
+    # In updates. Progress and TensorBoard; `metrics.jsonl` has every step.
+    config.log_every = 10
+    config.checkpoint_every = 500
+    # The newest ones that stay. With one alone nothing could stand in for a damaged one.
+    config.keep_checkpoints = 3
+    # The loss of so many batches that are never trained on; 0 for none.
+    config.eval_every = 500
+    config.eval_batches = 8
+
+    config.data = ConfigDict(
+        {
+            # Names of data sets. Without weights each counts by its size.
+            "sources": (),
+            "weights": (),
+            # A directory with tokenizer.model or tokenizer.json; empty: the one that belongs to shapes.
+            "tokenizer": "",
+            # Lengths and numbers of regions that batches are padded to. The last is also the limit: turns at
+            # the end of a conversation that don't fit are left out. Image tokens count.
+            "buckets": ((2048, 32),),
+            # System texts that conversations draw from: "training" and "inference" (see `osprey_jax.prompt`).
+            "systems": ("training",),
+            # What weighs the same in the loss: every "dialogue" or every "token".
+            "loss_per": "dialogue",
+            # Processes that prepare samples (0: none but this one), threads in each, and batches made ahead.
+            "workers": 0,
+            "threads": 2,
+            "prefetch": 2,
+        }
+    )
+    # Sizes of the model, key by key as in `osprey_jax.config.OspreyConfig`.
+    config.model = ConfigDict(OspreyConfig().to_dict())
+    config.lock()
+    return config

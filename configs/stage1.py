@@ -1,0 +1,24 @@
+"""Stage 1, image-text alignment: the projector learns to carry the tower's features over to the decoder.
+
+    python -m osprey_jax.train --config=configs/stage1.py --workdir=runs/stage1
+
+Hardware: meant for eight devices of 80 GB.
+Data: LLaVA's 558 thousand captions, which this version can't read yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """The projector alone is trained, on captions in the plain template; LLaVA-1.5's rate and batch."""
+    config = base.get_config()
+    config.epochs = 1.0
+    config.batch_size = 256
+    config.accumulation = 4
+    config.learning_rate = 1e-3
+    config.trained = ("projector/.*",)
+    config.mesh.fsdp = 8
+    config.data.sources = ("llava_pretrain",)
+    return config

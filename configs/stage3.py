@@ -1,0 +1,29 @@
+"""Stage 3, end to end: projector, extractor and decoder learn to follow instructions about regions.
+
+    python -m osprey_jax.train --config=configs/stage3.py --workdir=runs/stage3
+
+Hardware: meant for four devices of 80 GB.
+Data: Osprey-724K, Visual Genome and VCR, which this version can't read yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """All but the tower is trained."""
+    config = base.get_config()
+    config.learning_rate = 1e-5
+    config.trained = ("projector/.*", "extractor/.*", "decoder/.*")
+    config.mesh.fsdp = 4
+    config.data.sources = (
+        "osprey_conversation",
+        "osprey_short_form",
+        "osprey_part_level",
+        "osprey_lvis",
+        "osprey_detailed",
+        "visual_genome",
+        "vcr",
+    )
+    return config

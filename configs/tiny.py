@@ -1,0 +1,27 @@
+"""Two million parameters learn the words for coloured shapes, from nothing, on a laptop.
+
+    python -m osprey_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+Hardware: two CPU cores, about 5 minutes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from osprey_jax.config import tiny
+
+
+def get_config() -> ConfigDict:
+    """Everything is trained, tower included, in float32."""
+    config = base.get_config()
+    config.steps, config.epochs = 1000, 0.0
+    config.batch_size = 16
+    config.learning_rate = 2e-3
+    config.dtype = config.frozen_dtype = "float32"
+    config.checkpoint_every = 250
+    config.eval_every = 250
+    config.data.sources = ("shapes",)
+    config.data.buckets = ((256, 8),)
+    config.data.systems = ("training", "inference")
+    config.model = ConfigDict(tiny().to_dict())
+    return config

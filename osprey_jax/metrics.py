@@ -1,0 +1,91 @@
+"""Where a training's numbers go: a line of JSON for each step, TensorBoard's event files, a progress line."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class Metrics:
+    """Writes `metrics.jsonl` and `tensorboard/` of a run, and its progress to stderr.
+
+    What an earlier start wrote about later steps than the one that this one goes on from is dropped, so each
+    step is there once.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, steps: int, every: int):
+        """The run goes on from `step` to `steps`; progress and TensorBoard get every `every`-th one."""
+        self._path, self._steps, self._every = workdir / "metrics.jsonl", steps, every
+        self._lines = _kept_lines(self._path, step)
+        # A bucket's objects can't be appended to, so there the whole file is written again at each flush.
+        self._appends = "://" not in str(workdir)
+        _replace(self._path, self._lines)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._last = self._shown = time.monotonic()
+        self._window = [0.0, 0.0, 0.0]  # steps, tokens and samples since progress was last shown
+
+    def write(self, step: int, values: Mapping[str, float], *, samples: int) -> None:
+        """Adds a step: its numbers, `loss` and `tokens` among them, and how many samples it took."""
+        now = time.monotonic()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        tokens = values["tokens"]
+        row = {"step": step, **values, "tokens_per_second": tokens / seconds}
+        row["samples_per_second"] = samples / seconds
+        line = json.dumps(row) + "\n"
+        if self._appends:
+            with self._path.open("a") as file:
+                file.write(line)
+        else:
+            self._lines.append(line)
+        self._window = [a + b for a, b in zip(self._window, (1, tokens, samples), strict=True)]
+        if step % self._every == 0 or step == self._steps:
+            self._show(step, values, now)
+
+    def flush(self) -> None:
+        """Puts all that was written where a reader, or the next start, finds it."""
+        self._board.flush()
+        if not self._appends:
+            _replace(self._path, self._lines)
+
+    def close(self) -> None:
+        """Flushes, and ends the progress line."""
+        self.flush()
+        self._board.close()
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    def _show(self, step: int, values: Mapping[str, float], now: float) -> None:
+        seconds, self._shown = max(now - self._shown, 1e-9), now
+        steps, tokens, samples = (count / seconds for count in self._window)
+        self._window = [0.0, 0.0, 0.0]
+        rates = {"tokens_per_second": tokens, "samples_per_second": samples}
+        for name, value in {**values, **rates}.items():
+            self._board.add_scalar(name, value, step)
+        line = (
+            f"step {step}/{self._steps} · loss {values['loss']:.4f} · {tokens:,.0f} tokens/s · "
+            f"{samples:.1f} samples/s · {_duration((self._steps - step) / steps)} left"
+        )
+        # One line that is overwritten, or, in a file, lines to read.
+        start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+
+
+def _kept_lines(path: Path, step: int) -> list[str]:
+    """The lines of steps up to `step`; a last one that was cut off is not one of them."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    partial = path.with_name(f".{path.name}.incomplete")
+    partial.write_text("".join(lines))
+    partial.replace(path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

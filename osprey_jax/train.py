@@ -1,0 +1,348 @@
+"""Trains a model, from the first step or from wherever an earlier start of the same command got to.
+
+    python -m osprey_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+The run's directory gets `checkpoints/<step>`, `metrics.jsonl`, `tensorboard/` and, at the end, `export/`,
+which `osprey_jax.Osprey.load` reads as it does every checkpoint. SIGTERM and Ctrl-C save and stop; the same
+command goes on from there, and after a crash from the newest whole checkpoint, with the losses it would have
+had anyway. Exit status: 0 trained or stopped, 1 failed on the way, 2 refused to begin.
+"""
+
+import contextlib
+import itertools
+import math
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from data_pipelines.pipeline import Loader, make_loader
+from data_pipelines.records import Source
+from data_pipelines.shapes.source import Shapes
+from data_pipelines.shapes.tokenizer import train_tokenizer
+from osprey_jax import sharding, train_config
+from osprey_jax.batch import Batch, to_device
+from osprey_jax.checkpoint import TrainingCheckpoints, save_params
+from osprey_jax.config import OspreyConfig, from_config
+from osprey_jax.loss import loss_sums
+from osprey_jax.metrics import Metrics
+from osprey_jax.models.osprey import Osprey, boxed_params, init_params
+from osprey_jax.optim import AdamW, TrainState, init_state, merge, partition
+from osprey_jax.prompt import SYSTEM_INFERENCE, SYSTEM_TRAINING, Tokenizer
+from osprey_jax.train_config import Refused, refusals
+from osprey_jax.typing import Array, Params
+
+SOURCES: Mapping[str, Callable[[ConfigDict, str], Source]] = {
+    "shapes": lambda config, split: Shapes(size=config.model.vision.image_size, split=split),
+}
+"""The data sets that `config.data.sources` can name, from the configuration and "train" or "held_out"."""
+SYSTEMS = {"training": SYSTEM_TRAINING, "inference": SYSTEM_INFERENCE}
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient that is no number, and the samples that it came from."""
+
+
+def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None] = lambda: None) -> str:
+    """Trains until the last step, or until `stopped` gives a reason to stop; returns what to tell the user.
+
+    Raises Refused before the first step; after it OSError where a checkpoint can't be written, and NotFinite.
+    """
+    with refusals():
+        # Devices, data and model.
+        mesh = make_mesh(config)
+        model_config = from_config(config.model.to_dict())
+        model = Osprey(model_config, jnp.dtype(config.dtype))
+        data = make_data(config, model_config)
+        optimizer = AdamW(
+            peak_learning_rate=config.learning_rate,
+            warmup_steps=math.ceil(config.warmup * data.steps),
+            total_steps=data.steps,
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+        )
+
+        # The state: first as shapes that know their places on the mesh, then restored or created there.
+        create, abstract = make_state(config, model_config, mesh)
+        checkpoints = TrainingCheckpoints(
+            workdir / "checkpoints",
+            keep=config.keep_checkpoints,
+            config=model_config,
+            tokenizer=data.tokenizer,
+        )
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        train_config.claim(workdir, config, checkpoint_bytes=size, saved=len(checkpoints.steps()))
+        checkpoints.clean_up()
+        restored = checkpoints.restore_newest(abstract.to_arrays(), report=say)
+        if restored is None:
+            step, state = 0, create(jax.random.key(config.seed))
+        else:
+            step = restored.step
+            count = jax.device_put(np.int32(step), abstract.step.sharding)
+            state = TrainState.from_arrays(restored.arrays, config.trained, step=count)
+            data.training.set_state(restored.loader_state)
+
+    describe(state, mesh, step=step, steps=data.steps)
+    # The next state lies where the last one did, so that one program serves all steps.
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    update = make_update(model, optimizer, accumulation=config.accumulation)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+    evaluate = make_evaluate(model, data.held_out, config.eval_batches, mesh)
+    metrics = Metrics(workdir, step=step, steps=data.steps, every=config.log_every)
+    with sharding.use_mesh(mesh), contextlib.closing(metrics), contextlib.closing(data.training):
+
+        def due(every: int) -> bool:
+            return every > 0 and (step % every == 0 or step == data.steps)
+
+        def save() -> None:
+            metrics.flush()
+            checkpoints.save(step, state.to_arrays(), data.training.get_state())
+
+        saved, running = step, None
+        while step < data.steps and not stopped():
+            batch, sample_ids = next(data.training)
+            state, numbers = update(state, to_device(batch, mesh))
+            if running is not None:
+                record(metrics, *running)  # a step late, so that the devices have work meanwhile
+            step += 1
+            running = (step, numbers, sample_ids)
+            if due(config.eval_every):
+                running[1]["held_out_loss"] = evaluate(state)
+            if due(config.checkpoint_every):
+                record(metrics, *running)  # first, for it raises where the state is not worth saving
+                running = None
+                save()
+                saved = step
+        if running is not None:
+            record(metrics, *running)
+        if step > saved:
+            save()
+        checkpoints.wait()
+
+    if step < data.steps:
+        return f"stopped by {stopped()} after step {step}; the same command goes on from there"
+    export = workdir / "export"
+    if not export.exists():
+        save_params(export, state.params, model_config, data.tokenizer)
+    return f"trained for {step} steps; osprey_jax.Osprey.load({str(export)!r}) loads the model"
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of the configuration; raises ValueError where it or the batch doesn't fit the devices."""
+    sizes = config.mesh.to_dict()
+    if not sizes["data"]:
+        others = math.prod(size for axis, size in sizes.items() if axis != "data")
+        sizes["data"] = max(jax.device_count() // max(others, 1), 1)
+    mesh = sharding.make_mesh(**sizes)
+    shards = NamedSharding(mesh, sharding.partition_spec(("batch",))).num_devices // config.mesh.tensor
+    train_config.check_batch(config, shards=shards)
+    return mesh
+
+
+class Data(NamedTuple):
+    """The data of a run."""
+
+    training: Loader
+    held_out: Loader
+    tokenizer: Tokenizer
+    steps: int
+
+
+def make_data(config: ConfigDict, model_config: OspreyConfig) -> Data:
+    """Sources, tokenizer and loaders; raises ValueError for what isn't there or doesn't fit the model."""
+    settings = config.data
+    for key, known in (("sources", SOURCES), ("systems", SYSTEMS)):
+        if unknown := [name for name in settings[key] if name not in known]:
+            there_is = f"there is {', '.join(known)} in this version"
+            raise ValueError(f"config.data.{key} names {', '.join(unknown)}; {there_is}")
+    if settings.tokenizer:
+        tokenizer = Tokenizer.load(settings.tokenizer)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            train_tokenizer(directory)
+            tokenizer = Tokenizer.load(directory)
+
+    def loader(split: str, **options: Any) -> Loader:
+        return make_loader(
+            [SOURCES[name](config, split) for name in settings.sources],
+            tokenizer,
+            model_config,
+            batch_size=config.batch_size,
+            buckets=settings.buckets,
+            seed=config.seed,
+            weights=settings.weights or None,
+            systems=[SYSTEMS[name] for name in settings.systems],
+            loss_per=settings.loss_per,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
+            **options,
+        )
+
+    ends = {"num_steps": config.steps} if config.steps else {"epochs": config.epochs}
+    ahead = {key: settings[key] for key in ("workers", "threads", "prefetch")}
+    training = loader("train", **ends, **ahead)
+    assert training.num_steps is not None
+    return Data(training, loader("held_out", threads=1, prefetch=1), tokenizer, training.num_steps)
+
+
+def make_state(
+    config: ConfigDict, model_config: OspreyConfig, mesh: Mesh
+) -> tuple[Callable[[Array], TrainState], TrainState]:
+    """How to create the first state from a key, sharded, and its `jax.ShapeDtypeStruct`s with shardings."""
+
+    def init(key: Array) -> TrainState:
+        params = init_params(model_config, key)
+        return init_state(params, config.trained, frozen_dtype=config.frozen_dtype)
+
+    places = sharding.param_shardings(boxed_params(model_config), mesh)
+    trained, frozen = partition(places, config.trained)
+    everywhere: Any = NamedSharding(mesh, sharding.partition_spec(()))
+    shardings = TrainState(step=everywhere, trained=trained, frozen=frozen, mu=trained, nu=trained)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(init, jax.random.key(0)),
+        shardings,
+    )
+    # Runs once: on a CPU, optimising the program takes longer than the program.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options), abstract
+
+
+def make_update(
+    model: Osprey, optimizer: AdamW, *, accumulation: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The training step: from a state and a batch to the next state and the step's numbers."""
+    loss_and_gradients = make_gradients(model, accumulation=accumulation)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss, gradients = loss_and_gradients(state.trained, state.frozen, batch)
+        state, numbers = optimizer.update(state, gradients)
+        tokens = jnp.sum(batch.segment_ids != 0, dtype=jnp.int32)
+        return state, {"loss": loss, **numbers, "tokens": tokens}
+
+    return update
+
+
+def make_gradients(
+    model: Osprey, *, accumulation: int
+) -> Callable[[Params, Params, Batch], tuple[Array, Params]]:
+    """The loss of a batch and its gradients, as a function of trained parameters, frozen ones and batch."""
+    sums_and_gradients = jax.value_and_grad(make_loss_sums(model), has_aux=True)
+
+    def gradients(trained: Params, frozen: Params, batch: Batch) -> tuple[Array, Params]:
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, sums_and_gradients(trained, frozen, part)), None
+
+        # A part takes every accumulation-th row, so that no row changes its device.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+        if accumulation == 1:
+            total = sums_and_gradients(trained, frozen, batch)
+        else:
+            zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trained)
+            total, _ = jax.lax.scan(add, zeros, parts)
+        # Divided once, by the weights of the whole batch: the mean over dialogues, however they were parted.
+        (loss, weight), gradients = total
+        return loss / weight, jax.tree.map(lambda g: g / weight, gradients)
+
+    return gradients
+
+
+def make_evaluate(model: Osprey, loader: Loader, count: int, mesh: Mesh) -> Callable[[TrainState], Array]:
+    """The loss of the first `count` batches of a loader, the same ones each time."""
+    sums = jax.jit(make_loss_sums(model))
+    batches: list[Batch] = []
+
+    def evaluate(state: TrainState) -> Array:
+        if not batches:
+            batches.extend(batch for batch, _ in itertools.islice(loader, count))
+            loader.close()
+        found = [sums(state.trained, state.frozen, to_device(batch, mesh)) for batch in batches]
+        totals, weights = zip(*found, strict=True)
+        return sum(totals) / sum(weights)
+
+    return evaluate
+
+
+def make_loss_sums(model: Osprey) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
+    """`loss_sums` of a batch as a function of the trained and the frozen parameters."""
+
+    def sums(trained: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
+        logits: Any = model.apply(
+            {"params": merge(trained, frozen)},
+            batch.images,
+            batch.masks,
+            batch.input_ids,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            prefix_segment_ids=batch.prefix_segment_ids,
+        )
+        return loss_sums(logits, jnp.asarray(batch.labels), jnp.asarray(batch.loss_weights))
+
+    return sums
+
+
+def record(metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str]) -> None:
+    """Waits for a step's numbers and writes them; raises NotFinite where training can't go on from them."""
+    values = {name: float(value) for name, value in jax.device_get(dict(numbers)).items()}
+    if broken := [
+        f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])
+    ]:
+        raise NotFinite(f"step {step}: {' and '.join(broken)}; samples of the batch: {', '.join(sample_ids)}")
+    samples = len(sample_ids) * jax.process_count()
+    metrics.write(step, values, samples=samples)
+
+
+def describe(state: TrainState, mesh: Mesh, *, step: int, steps: int) -> None:
+    """Says what is about to be trained, and on what."""
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, state.frozen))
+    parts = f"{trained / 1e6:.2f} M parameters to train, {frozen / 1e6:.2f} M frozen"
+    say(f"{parts}, {jax.default_backend()} devices {dict(mesh.shape)}, step {step} of {steps}")
+
+
+def say(message: str) -> None:
+    """For the one who watches: what is printed to stdout is the result alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Gives a function that names the SIGTERM or SIGINT received in the block; a second one acts as ever."""
+    received: list[str] = []
+
+    def handle(number: int, _: Any) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {int(number): signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    try:
+        with stop_signals() as stopped:
+            with refusals():
+                config, workdir = train_config.parse(sys.argv[1:] if argv is None else argv)
+            print(train(config, workdir, stopped=stopped))
+    except (Refused, NotFinite, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, Refused) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

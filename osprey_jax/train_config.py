@@ -1,0 +1,201 @@
+"""What a training is told on the command line, and all that can be known to be wrong before it starts."""
+
+import contextlib
+import functools
+import json
+import logging
+import re
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from osprey_jax.checkpoint import as_path, flatten
+
+OF_THE_MACHINE = (
+    "mesh.",
+    "accumulation",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_every",
+    "eval_batches",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+)
+"""Keys, or their beginnings, that may change between two starts of a run: what is learned stays the same."""
+
+USAGE = "usage: python -m osprey_jax.train --config=configs/tiny.py --workdir=DIR [--config.key=value …]"
+
+
+class Refused(ValueError):
+    """What makes a run impossible, found before its first step."""
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Makes errors of what is given, or of where it lies, Refused."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
+    """The configuration, with the command line's overrides, and the run's directory.
+
+    Raises ValueError for unknown flags and keys, values of another type, and files that can't be read.
+    """
+    values = flags.FlagValues()
+    argv = ["train", *argv]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "The run's directory.", flag_values=values)
+    try:
+        # It logs every override.
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        rest = values(argv)[1:]
+        config = values["config"].value
+        keys = config.keys() if config is not None else ()
+    except flags.Error as error:
+        raise ValueError(_one_line(error)) from error
+    except OSError as error:
+        raise ValueError(f"cannot read the config: {str(error).splitlines()[-1]}") from error
+    except AttributeError as error:
+        raise ValueError(_unknown_key(error, argv)) from error
+    except Exception as error:  # whatever a config file, which is a program, can do wrong
+        raise ValueError(f"{_origin(error)}: {type(error).__name__}: {_one_line(error)}") from error
+    if rest or not keys or not values.workdir:
+        raise ValueError(f"unexpected {' '.join(rest)}; {USAGE}" if rest else USAGE)
+    check(config)
+    return config, as_path(values.workdir)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError where a value can't be meant; what depends on devices or data is checked there."""
+    for key in ("batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+        _require(config[key] >= 1, config, key, "must be at least 1")
+    for key in ("steps", "eval_every", "eval_batches", "weight_decay", "clip_norm", "seed"):
+        _require(config[key] >= 0, config, key, "must not be negative")
+    _require(config.learning_rate > 0, config, "learning_rate", "must be positive")
+    _require(0 <= config.warmup < 1, config, "warmup", "is a share of the steps, from 0 to below 1")
+    _require(
+        (config.steps > 0) != (config.epochs > 0), config, "steps", f"or epochs ({config.epochs}) must be 0"
+    )
+    for key in ("b1", "b2"):
+        _require(0 < config[key] < 1, config, key, "must lie between 0 and 1")
+    for key in ("dtype", "frozen_dtype"):
+        _require(config[key] in ("float32", "bfloat16"), config, key, "must be 'float32' or 'bfloat16'")
+    for key in ("trained", "data.sources", "data.systems"):
+        strings = all(isinstance(item, str) for item in _value(config, key))
+        _require(strings, config, key, "must be a tuple of strings")
+    pairs = all(isinstance(item, tuple) and len(item) == 2 for item in config.data.buckets)
+    _require(pairs, config, "data.buckets", "must be a tuple of pairs of length and regions")
+    for key in ("data.workers", "data.threads", "data.prefetch"):
+        _require(_value(config, key) >= 0, config, key, "must not be negative")
+
+
+def check_batch(config: ConfigDict, *, shards: int) -> None:
+    """Raises ValueError where a batch doesn't divide over its shards on the devices and the accumulation."""
+    parts = shards * config.accumulation
+    if config.batch_size % parts:
+        raise ValueError(
+            f"config.batch_size {config.batch_size} doesn't divide by {parts}: "
+            f"{shards} shards on the devices × accumulation {config.accumulation}"
+        )
+
+
+def claim(workdir: Path, config: ConfigDict, *, checkpoint_bytes: int, saved: int) -> None:
+    """Makes `workdir` this run's, or checks that it is.
+
+    Args:
+      workdir: created if it isn't there.
+      config: written to `train_config.json`.
+      checkpoint_bytes: what one checkpoint takes.
+      saved: how many checkpoints there are already.
+
+    Raises:
+      ValueError: it belongs to a run that differs in what is learned; it can't be written to; or it has no
+        room for the checkpoints that will be kept.
+    """
+    path = workdir / "train_config.json"
+    settings = json.loads(json.dumps(config.to_dict()))
+    if (workdir / "params").exists():
+        raise ValueError(f"{workdir} is a checkpoint: give a run a directory of its own")
+    if path.exists():
+        _same_run(path, settings)
+    elif saved:
+        raise ValueError(f"{workdir} holds checkpoints of an unknown run: it has no train_config.json")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(".train_config.json.incomplete")
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write to {workdir}: {error.strerror or error}") from error
+    if "://" not in str(workdir):
+        # A new one is complete before the oldest goes; the exported model comes on top.
+        needed = checkpoint_bytes * max(config.keep_checkpoints + 2 - saved, 1)
+        free = shutil.disk_usage(workdir).free
+        if free < needed:
+            raise ValueError(
+                f"no space for checkpoints: {workdir} has {_size(free)} free, needed are "
+                f"{_size(needed)} ({_size(checkpoint_bytes)} each, of which "
+                f"config.keep_checkpoints {config.keep_checkpoints} stay)"
+            )
+
+
+def _same_run(path: Path, settings: dict[str, Any]) -> None:
+    try:
+        before = flatten(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    now = flatten(settings)
+    changed = []
+    for name in sorted(before.keys() | now.keys()):
+        key = name.replace("/", ".")
+        if before.get(name) != now.get(name) and not key.startswith(OF_THE_MACHINE):
+            changed.append(f"{key} was {before.get(name)!r}, is {now.get(name)!r}")
+    if changed:
+        raise ValueError(f"{path.parent} holds another run: {'; '.join(changed)}")
+
+
+def _require(holds: bool, config: ConfigDict, key: str, what: str) -> None:
+    if not holds:
+        raise ValueError(f"config.{key} {what}, got {_value(config, key)!r}")
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+    return functools.reduce(lambda node, name: node[name], key.split("."), config)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _unknown_key(error: AttributeError, argv: Sequence[str]) -> str:
+    """What ml_collections says about a key, which is its last part and a similar one, and who names it."""
+    text = str(error).replace("\\", "")
+    names = re.findall(r"""['"](\w+)['"]""", text)
+    if not names:
+        return f"{_origin(error)}: {_one_line(error)}"
+    flag = next((arg for arg in argv if names[0] in arg.partition("=")[0].split(".")), None)
+    meant = f"; did you mean {names[1]}?" if "Did you mean" in text else ""
+    return f"unknown key {names[0]} in {flag or _origin(error)}{meant}"
+
+
+def _origin(error: Exception) -> str:
+    """File and line that raised it, libraries left out; a syntax error tells its own."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename]
+    return f"{ours[-1].filename}:{ours[-1].lineno}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,97 @@
+"""Reading images, and preprocessing where the answer is known without a reference (`parity` has the rest)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from osprey_jax.image import MEAN, STD, load_image, preprocess
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8)
+
+
+def test_a_path_a_pillow_image_and_an_array_give_the_same_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(RGB).save(path)
+    for image in (path, str(path), Image.fromarray(RGB), RGB):
+        found = load_image(image)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, RGB)
+
+
+def test_grey_palette_and_transparent_images_become_rgb() -> None:
+    grey = RGB[:, :, 0]
+    np.testing.assert_array_equal(load_image(Image.fromarray(grey)), np.repeat(grey[:, :, None], 3, 2))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 9, 200, 77])
+    palette.putpixel((1, 0), 1)
+    assert load_image(palette).tolist() == [[[0, 0, 0], [9, 200, 77]]]
+    # What shows through is not blended in: the stored colours count.
+    assert load_image(Image.new("RGBA", (1, 1), (10, 20, 30, 0))).tolist() == [[[10, 20, 30]]]
+    assert load_image(Image.new("1", (1, 1), 1)).tolist() == [[[255, 255, 255]]]
+
+
+def test_grey_of_16_bits_keeps_its_shades() -> None:
+    wide = Image.fromarray(np.array([[0, 257 * 128, 65535]], np.uint16))
+    assert load_image(wide)[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_orientation_of_exif_is_not_applied(tmp_path: Path) -> None:
+    """Masks belong to the pixels as they are stored."""
+    image, path = Image.fromarray(RGB), tmp_path / "turned.png"
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    assert load_image(path).shape == (5, 8, 3)
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no image at .*nowhere\.png"):
+        load_image(tmp_path / "nowhere.png")
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    with pytest.raises(ValueError, match=r"cannot read the image .*text\.jpg"):
+        load_image(text)
+    truncated = tmp_path / "truncated.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"cannot read the image .*truncated\.png"):
+        load_image(truncated)
+    with pytest.raises(ValueError, match="cannot read the image"):
+        load_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [RGB[:, :, 0], RGB.astype(np.float32), RGB[:, :, :2], RGB[:0], np.zeros((2, 3, 4, 3), np.uint8)],
+    ids=["grey", "float", "two channels", "no rows", "a batch"],
+)
+def test_arrays_of_another_shape_or_dtype_are_refused(array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"must be \(h, w, 3\) uint8, got \("):
+        load_image(array)
+
+
+def test_a_square_image_of_the_target_size_is_only_normalised() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    expected = (image.astype(np.float64) / 255 - MEAN) / STD
+    np.testing.assert_allclose(preprocess(image, size=32), expected, rtol=0, atol=1e-6)
+
+
+def test_an_oblong_image_is_squeezed_not_cropped_or_padded() -> None:
+    """The left half black, the right half white, whichever the proportions."""
+    for shape in ((64, 200), (200, 64), (40, 41)):
+        image = np.zeros((*shape, 3), np.uint8)
+        image[:, shape[1] // 2 :] = 255
+        found = preprocess(image, size=32) * STD + MEAN
+        assert found.shape == (32, 32, 3)
+        np.testing.assert_allclose(found[:, :14], 0, atol=1e-6)
+        np.testing.assert_allclose(found[:, 18:], 1, atol=1e-6)
+
+
+def test_shrinking_is_antialiased() -> None:
+    """A checkerboard finer than the target turns grey instead of picking one colour."""
+    board = np.indices((128, 128)).sum(0) % 2 * 255
+    image = np.repeat(board[:, :, None], 3, 2).astype(np.uint8)
+    found = preprocess(image, size=32) * STD + MEAN
+    np.testing.assert_allclose(found, 0.5, atol=0.01)

@@ -1,0 +1,125 @@
+"""Masks as users and data sets give them; the mask pyramid's arithmetic is tested against torch in `ops`."""
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from osprey_jax.masks import as_masks, decode_segmentation, encode_rle, mask_pyramid
+
+SIZE = (5, 7)
+MASKS = np.random.default_rng(0).random((3, *SIZE)) < 0.4
+POLYGONS = [[1.5, 1, 6, 1, 6, 4.5], [0, 0, 2, 0, 2, 2, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        MASKS,
+        MASKS.astype(np.uint8),
+        MASKS.astype(np.uint8) * 255,
+        MASKS.astype(np.float32),
+        MASKS.astype(np.int64),
+        list(MASKS),
+        [mask.tolist() for mask in MASKS],
+    ],
+    ids=["bool", "0/1", "0/255", "float", "int", "list of arrays", "nested lists"],
+)
+def test_masks_of_any_legal_kind_become_bool(given: object) -> None:
+    found = as_masks(given, SIZE)
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, MASKS)
+
+
+def test_masks_may_be_empty_but_not_missing() -> None:
+    assert not as_masks(np.zeros((2, *SIZE), np.uint8), SIZE).any()
+    for none in (np.zeros((0, *SIZE), bool), []):
+        with pytest.raises(ValueError, match="no masks given"):
+            as_masks(none, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (MASKS[0], r"must be \(R, h, w\), got \(5, 7\); for a single mask pass mask\[None\]"),
+        (MASKS[None], r"must be \(R, h, w\), got \(1, 3, 5, 7\)$"),
+        (MASKS.transpose(0, 2, 1), r"masks are \(7, 5\) \(height, width\), the image is \(5, 7\)"),
+        ([MASKS[0], MASKS[1][:3]], r"one size, got \(3, 7\), \(5, 7\)"),
+        (MASKS * 0.5, r"only 0 and 1, or 0 and 255; found the values 0\.0, 0\.5"),
+        (MASKS * 1 - 1, "found the values -1, 0"),
+        (np.arange(35).reshape(1, *SIZE), "found the values 0, 1, 2, 3, 4, 5$"),
+        (np.where(MASKS, np.nan, 0), "only 0 and 1"),
+        (MASKS.astype(str), "must be bool or numbers, got dtype <U5"),
+    ],
+    ids=["one mask", "a batch", "transposed", "two sizes", "soft", "negative", "labels", "nan", "text"],
+)
+def test_what_is_no_mask_of_this_image_is_refused(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_masks(given, SIZE)
+
+
+def test_polygons_are_rasterised_as_pycocotools_does() -> None:
+    for polygons in (POLYGONS, POLYGONS[:1], [[round(value) for value in POLYGONS[0]]]):
+        runs = coco_mask.merge(coco_mask.frPyObjects(polygons, *SIZE))
+        found = decode_segmentation(polygons, *SIZE)
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, coco_mask.decode(runs).astype(bool))
+    assert decode_segmentation(POLYGONS, *SIZE)[:2, :2].all()
+
+
+def test_a_compressed_rle_is_there_and_back_the_same() -> None:
+    for mask in (*MASKS, np.zeros(SIZE, bool), np.ones(SIZE, bool)):
+        rle = encode_rle(mask)
+        theirs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        assert rle == {"size": [5, 7], "counts": theirs["counts"].decode()}
+        np.testing.assert_array_equal(decode_segmentation(rle, *SIZE), mask)
+        np.testing.assert_array_equal(decode_segmentation(theirs, *SIZE), mask)
+
+
+def test_an_uncompressed_rle_counts_down_the_columns() -> None:
+    mask = decode_segmentation({"size": [2, 3], "counts": [1, 2, 3]}, 2, 3)
+    assert mask.astype(int).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_large_random_masks_survive_compression() -> None:
+    """Runs longer than five bits, and differences of both signs."""
+    rng = np.random.default_rng(0)
+    for density in (0.001, 0.5, 0.999):
+        mask = rng.random((300, 500)) < density
+        np.testing.assert_array_equal(decode_segmentation(encode_rle(mask), 300, 500), mask)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], "without polygons"),
+        ([[0, 0, 1, 1]], "at least 3 points of 2 coordinates, got 4 numbers"),
+        ([[0, 0, 1, 1, 2, 2, 3]], "got 7 numbers"),
+        ([[0, 0, 1, 1, 2, float("nan")]], "coordinates must be"),
+        ([[0, 0, 1, 1, 2, "2"]], "coordinates must be"),
+        ([0, 0, 1, 1, 2, 2], "list of coordinate lists"),
+        ({"counts": [35]}, "an RLE has the keys size and counts"),
+        ({"size": [7, 5], "counts": [35]}, r"the RLE is \[7, 5\] \(height, width\), expected \[5, 7\]"),
+        ({"size": [5, 7], "counts": [30]}, "do not add up to its 5 x 7 pixels"),
+        ({"size": [5, 7], "counts": [40, -5]}, "non-negative integers"),
+        ({"size": [5, 7], "counts": 35}, "counts are a list or a string, got int"),
+        ({"size": [5, 7], "counts": "@@@"}, "do not add up"),
+        ({"size": [5, 7], "counts": encode_rle(MASKS[0])["counts"][:-1]}, "do not add up"),
+        ({"size": [5, 7], "counts": ""}, "do not add up"),
+        ("polygon", "a segmentation is a list of polygons or an RLE, got str"),
+        (None, "got NoneType"),
+    ],
+)
+def test_malformed_segmentations_are_refused(segmentation: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_segmentation(segmentation, *SIZE)
+
+
+def test_a_pyramid_of_no_regions_keeps_its_shapes() -> None:
+    pyramid = mask_pyramid(np.zeros((0, 30, 40), bool), level_sizes=(8, 4), position_size=6)
+    assert [level.shape for level in pyramid.levels] == [(0, 8, 8), (0, 4, 4)]
+    assert (pyramid.position.shape, pyramid.position.dtype) == ((0, 6, 6), np.float32)
+
+
+def test_a_pyramid_of_one_mask_without_its_axis_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"masks must be \(R, h, w\), got \(5, 7\)"):
+        mask_pyramid(MASKS[0], level_sizes=(8, 4), position_size=6)

@@ -1,0 +1,61 @@
+"""One small run that nothing disturbs, made once, and the means to make others."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.shapes.tokenizer import train_tokenizer
+from tests.train.runs import ROOT, SMALL, Command
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Arguments of a small run; in the names of overrides `__` stands for a dot."""
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(tokenizer)
+
+    def arguments(workdir: Path, **overrides: object) -> list[str]:
+        values = SMALL | {"data.tokenizer": str(tokenizer), "mesh.data": 1}
+        values |= {key.replace("__", "."): value for key, value in overrides.items()}
+        flags = [f"--config.{key}={value}" for key, value in values.items()]
+        return [f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={workdir}", *flags]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], subprocess.Popen]]:
+    """Starts the command with one device; programs are compiled once for all processes."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+        tmp_path_factory.mktemp("cache")
+    )
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    processes = []
+
+    def started(arguments: list[str]) -> subprocess.Popen:
+        line = [sys.executable, "-m", "osprey_jax.train", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(line, cwd=ROOT, env=environment, **pipes))
+        return processes[-1]
+
+    yield started
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, command: Command, start: Callable
+) -> tuple[Path, str, str]:
+    """An undisturbed run: its directory, and what it wrote to stdout and stderr."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    process = start(command(workdir))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return workdir, out, err

@@ -1,0 +1,176 @@
+"""What a run learns, writes and leaves behind, on one device and on eight."""
+
+import re
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from osprey_jax import Osprey, checkpoint, convert, train, train_config
+from osprey_jax.batch import Batch
+from osprey_jax.config import from_config
+from tests.train.runs import FEW, SMALL, STEPS, Command, learned, leaves, newest, rows
+
+torch = pytest.importorskip("torch")
+reference = pytest.importorskip("tests.parity.reference")
+bridge = pytest.importorskip("tests.parity.bridge")
+scenes = pytest.importorskip("tests.parity.scenes")
+
+# ml_collections loads a config file by a method that Python will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def test_it_learns_and_measures_what_it_was_not_trained_on(finished: tuple) -> None:
+    found = rows(finished[0])
+    assert np.mean([row["loss"] for row in found[-10:]]) < 0.6 * found[0]["loss"]
+    held_out = {row["step"]: row["held_out_loss"] for row in found if "held_out_loss" in row}
+    assert list(held_out) == [50, 100]
+    assert held_out[100] < held_out[50] < found[0]["loss"]
+
+
+def test_progress_in_a_log_is_lines_with_loss_rates_and_time_left(finished: tuple) -> None:
+    pattern = r"step (\d+)/100 · loss \d+\.\d{4} · [\d,]+ tokens/s · [\d.]+ samples/s · \d+:\d\d:\d\d left"
+    lines = [line for line in finished[2].splitlines() if line.startswith("step ")]
+    assert [int(re.fullmatch(pattern, line)[1]) for line in lines] == list(range(10, STEPS + 1, 10))
+
+
+def test_tensorboard_has_the_metrics_values(finished: tuple) -> None:
+    scalars: dict[str, dict[int, float]] = {}
+    (path,) = (finished[0] / "tensorboard").iterdir()
+    data, place = path.read_bytes(), 0
+    while place < len(data):  # records of a length, its checksum, an event, its checksum
+        (length,) = struct.unpack_from("<Q", data, place)
+        event = Event.FromString(data[place + 12 : place + 12 + length])
+        place += 16 + length
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    expected = {row["step"]: row["loss"] for row in rows(finished[0])}
+    assert scalars["loss"] == {step: expected[step] for step in range(10, STEPS + 1, 10)}
+    assert {"grad_norm", "learning_rate", "held_out_loss", "tokens_per_second"} <= scalars.keys()
+
+
+def test_the_same_command_after_the_end_changes_nothing(
+    finished: tuple, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir, out, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert train.main(command(workdir)) == 0
+    assert capsys.readouterr().out == out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_exported_model_and_every_checkpoint_load(finished: tuple) -> None:
+    workdir = finished[0]
+    image, masks = scenes.picture(64, 64), scenes.region_masks(64, 64)[:2]
+    names = ("export", "checkpoints/100", "checkpoints/90")
+    exported, last, before = (Osprey.load(workdir / name).embed(image, masks) for name in names)
+    np.testing.assert_array_equal(exported, last)
+    assert not np.array_equal(exported, before)
+
+
+def test_the_trained_model_has_the_same_logits_in_torch(finished: tuple, tmp_path: Path) -> None:
+    export = finished[0] / "export"
+    convert.to_torch(export, tmp_path / "torch")
+    config = checkpoint.load_config(export)
+    sizes = reference.ReferenceConfig(
+        image_size=64, depths=config.vision.depths, dims=config.vision.dims, extractor_dim=16,
+        position_size=16, vocab_size=512, dim=32, ffn_dim=32, num_layers=2, num_heads=2, num_kv_heads=2,
+    )  # fmt: skip
+    twin = reference.OspreyReference(sizes, seed=3)
+    twin.load_release_state_dict(reference.read_shards(tmp_path / "torch"))
+    ours = Osprey.load(export)
+    image, masks = scenes.picture(64, 96), scenes.region_masks(64, 96)
+    prompt = "<image>\nThis provides an overview of the picture. USER: " + "<mask><pos> and " * len(masks)
+    found = ours.logits(image, masks, prompt)
+    expected = twin.logits(image, masks, ours.tokenize(prompt)).numpy()
+    assert bridge.largest_difference(found, expected) <= bridge.FORWARD
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulation"),
+    [({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 0, "fsdp": 1, "tensor": 1}, 1)],
+)
+def test_losses_on_eight_devices_equal_those_on_one(
+    finished: tuple, command: Command, tmp_path: Path, mesh: dict[str, int], accumulation: int
+) -> None:
+    sizes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    config, workdir = train_config.parse(command(tmp_path / "run", accumulation=accumulation, **sizes))
+    assert train.make_mesh(config).size == 8
+    asked = iter(range(5))  # after five steps there is a reason to stop
+    train.train(config, workdir, stopped=lambda: None if next(asked, None) is not None else "the test")
+    found, expected = learned(workdir), learned(finished[0])[:5]
+    assert len(found) == 5
+    for row, other in zip(found, expected, strict=True):
+        # Sums of another order differ by a few 1e-7 in a step, and each step builds on the ones before.
+        assert row == pytest.approx(other, rel=2e-5)
+
+
+def test_the_state_is_created_where_it_belongs(command: Command, tmp_path: Path) -> None:
+    config, _ = train_config.parse(command(tmp_path, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    mesh = train.make_mesh(config)
+    create, abstract = train.make_state(config, from_config(config.model.to_dict()), mesh)
+    state = create(jax.random.key(0))
+    found, expected = (
+        jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree) for tree in (state, abstract)
+    )
+    assert found == expected
+    kernel = state.mu["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.shape == (2, 32, 32)
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 16)
+
+
+def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(command: Command, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    arguments = command(workdir, **FEW, steps=3, checkpoint_every=1, learning_rate=0.01)
+    assert train.main(arguments) == 0
+    config, _ = train_config.parse(arguments)
+    create, _ = train.make_state(config, from_config(config.model.to_dict()), train.make_mesh(config))
+    first = {k: np.asarray(v) for k, v in checkpoint.flatten(create(jax.random.key(0)).params).items()}
+    last = leaves(workdir / "checkpoints" / "3" / "params")
+    projector = {f"projector/{name}/{kind}" for name in ("fc1", "fc2") for kind in ("kernel", "bias")}
+    assert {path for path in first if not np.array_equal(first[path], last[path])} == projector
+    assert {path for path, leaf in last.items() if leaf.dtype == np.float32} == projector
+    moments = leaves(workdir / "checkpoints" / "3" / "optimizer")
+    assert moments.keys() == {f"{moment}/{path}" for moment in ("mu", "nu") for path in projector}
+
+
+class Poisoned:
+    """A loader whose third batch has images that are none."""
+
+    def __init__(self, loader: object):
+        self._loader, self._place = loader, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+    def __next__(self) -> tuple[Batch, list[str]]:
+        batch, sample_ids = next(self._loader)
+        self._place += 1
+        if self._place == 3:
+            self.sample_ids = sample_ids
+            batch = batch.replace(images=np.full_like(batch.images, np.nan))
+        return batch, sample_ids
+
+
+def test_a_loss_that_is_no_number_stops_with_the_samples_and_is_not_saved(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaders, original = [], train.make_data
+
+    def poisoned(*args: object) -> train.Data:
+        data = original(*args)
+        loaders.append(Poisoned(data.training))
+        return data._replace(training=loaders[0])
+
+    monkeypatch.setattr(train, "make_data", poisoned)
+    workdir = tmp_path / "run"
+    assert train.main(command(workdir, **FEW, steps=9, checkpoint_every=1)) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: step 3: loss is nan and grad_norm is nan; samples of the batch: ")
+    assert error.endswith(", ".join(loaders[0].sample_ids))
+    assert len(loaders[0].sample_ids) == SMALL["batch_size"]
+    assert newest(workdir) == 2
+    assert [row["step"] for row in rows(workdir)] == [1, 2]
