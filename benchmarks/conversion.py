@@ -34,8 +34,6 @@ status = convert.main(sys.argv[1:])
 {_PEAK}
 sys.exit(status)
 """
-    f"import sys; from osprey_jax import convert; status = convert.main(sys.argv[1:])\n{_PEAK}; sys.exit(status)"
-)
 _DTYPES = {"model.vision_tower.": torch.float16, "mask_extractor.": torch.float32}
 
 

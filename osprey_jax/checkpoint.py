@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -115,8 +116,27 @@ def saved_shapes(directory: Path | str) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct` that a checkpoint holds, from its metadata alone."""
     load_config(directory)
     with _damage_named(directory):
+        _check_index(directory)
         metadata = ocp.metadata(as_path(directory) / "params").metadata
+        if metadata is None:
+            raise ValueError("params/state/_METADATA doesn't tell its arrays")
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)), metadata)
+
+
+def _check_index(directory: Path | str) -> None:
+    """Raises ValueError or OSError where the files that say which arrays there are can't be read.
+
+    Orbax would log some of it and go on, and print a traceback for every array that it opens.
+    """
+    params = as_path(directory) / "params"
+    arrays = params / "state"
+    for path in (params / "_CHECKPOINT_METADATA", arrays / "_METADATA"):
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"params/{path.relative_to(params)}: {error}") from None
+    url = str(arrays) if "://" in str(arrays) else arrays.as_uri()
+    tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{url}/"}).result().list().result()
 
 
 def load_params(directory: Path | str, abstract_params: Params) -> dict[str, Any]:
@@ -137,19 +157,33 @@ def load_params(directory: Path | str, abstract_params: Params) -> dict[str, Any
             f"parameters in {directory} don't fit the model; only wanted (-), only saved (+), "
             "of another shape (!):\n" + "\n".join(faults)
         )
+    placed = flatten(_placed(unflatten(wanted)))
     with _damage_named(directory):
-        return ocp.load(as_path(directory) / "params", _placed(unflatten(wanted)))
+        return unflatten({path: _load_leaf(directory, path, target) for path, target in placed.items()})
 
 
 def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the leaves one by one, in their saved dtypes, to host memory: pairs of path and array."""
+    for path, struct in flatten(saved_shapes(directory)).items():
+        with _damage_named(directory):
+            leaf = _load_leaf(directory, path, _HostArray(struct.shape, struct.dtype))
+        yield path, leaf
+        del leaf
+
+
+def _load_leaf(directory: Path | str, path: str, target: Any) -> Any:
+    """Reads one leaf of `params/`; what makes it unreadable is a ValueError that names it.
+
+    Orbax reads a tree's leaves at the same time. Where one fails, it abandons the others, and each of those
+    prints a traceback when it ends.
+    """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    for path, struct in flatten(saved_shapes(directory)).items():
-        target = unflatten({path: _HostArray(struct.shape, struct.dtype)})
-        with _damage_named(directory), context:
-            tree = ocp.load(as_path(directory) / "params", target)
-        yield path, flatten(tree).pop(path)
+    try:
+        with context:
+            return flatten(ocp.load(as_path(directory) / "params", unflatten({path: target})))[path]
+    except Exception as error:
+        raise ValueError(f"{path}: {first_line(error.__cause__ or error)}") from error
 
 
 class Restored(NamedTuple):
@@ -221,7 +255,7 @@ class TrainingCheckpoints:
             except Exception as error:
                 with contextlib.suppress(OSError):
                     _remove(partial)
-                raise OSError(f"cannot write {self.directory / str(step)}: {_first_line(error)}") from error
+                raise OSError(f"cannot write {self.directory / str(step)}: {first_line(error)}") from error
 
         self._pending = self._thread.submit(commit)
 
@@ -230,6 +264,11 @@ class TrainingCheckpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def close(self) -> None:
+        """Returns when nothing is being written any more, whether it failed or not."""
+        with contextlib.suppress(OSError):
+            self.wait()
 
     def restore(self, step: int, targets: Mapping[str, Params]) -> Restored:
         """Reads a checkpoint into trees of `jax.ShapeDtypeStruct` with shardings, and checks every checksum.
@@ -387,11 +426,13 @@ def _damage_named(directory: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"the checkpoint {directory} is damaged: {_first_line(error)}") from error
+        raise ValueError(f"the checkpoint {directory} is damaged: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """What an exception says, without what TensorStore and others append to it."""
+    lines = str(error).partition(" [tensorstore_spec=")[0].splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _remove(path: Path) -> None:

@@ -7,6 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def _check_positive(config: Any) -> None:
+    """Raises ValueError that names the first field with a number in it that isn't above zero."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not all(number > 0 for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field.name} must be positive, got {value}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """ConvNeXt-CLIP trunk. The defaults are `convnext_large_d_320`."""
@@ -22,8 +30,9 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if len(self.depths) != 4 or len(self.dims) != 4:
             raise ValueError(f"depths and dims name four stages each, got {self.depths} and {self.dims}")
-        if self.image_size < 32 or self.image_size % 32:
-            raise ValueError(f"image_size must be a positive multiple of 32, got {self.image_size}")
+        _check_positive(self)
+        if self.image_size % 32:
+            raise ValueError(f"image_size must be a multiple of 32, got {self.image_size}")
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
@@ -45,6 +54,9 @@ class ExtractorConfig:
     position_size: int = 112
     """Side of the position mask in pixels."""
 
+    def __post_init__(self) -> None:
+        _check_positive(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -62,6 +74,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        _check_positive(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"

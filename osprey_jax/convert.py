@@ -32,7 +32,6 @@ PART_BYTES = 256 << 20
 """Leaves are handed to Orbax in groups of at least so many bytes."""
 SHARD_BYTES = 2 << 30
 """A shard of the release layout is closed once it holds so many bytes."""
-_HUB_FILES = ("config.json", "tokenizer*", "*.safetensors", "*.bin", "*.index.json")
 
 
 def convert(
@@ -107,6 +106,9 @@ def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = 
         torch_files.write_shards(partial, tensors, shard_bytes=shard_bytes)
         torch_files.write_json(partial / "config.json", fields)
         tokenizer.save(partial)
+        beside = convert_rules.tokenizer_files(sentencepiece=(partial / "tokenizer.model").is_file())
+        for name, values in beside.items():
+            torch_files.write_json(partial / name, values)
 
 
 def _torch_arrays(
@@ -195,10 +197,12 @@ def _local(source: Path | str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(_HUB_FILES)))
+        weights = torch_files.weight_patterns(huggingface_hub.list_repo_files(str(source)))
+        wanted = ["config.json", "tokenizer.model", "tokenizer.json", *weights]
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:
         raise ValueError(
-            f"no directory {source}, and the Hub didn't give it: {torch_files.first_line(error)}"
+            f"no directory {source}, and the Hub didn't give it: {checkpoint.first_line(error)}"
         ) from error
 
 

@@ -17,15 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from osprey_jax.config import DecoderConfig, ExtractorConfig, OspreyConfig, VisionConfig
-
-Shape = tuple[int, ...]
+from osprey_jax.torch_files import Shape, listed
 
 TOWER = "model.vision_tower.vision_tower."
 """What the release puts in front of open_clip's names."""
 EXTRACTOR = "mask_extractor."
 PROJECTOR = "model.mm_projector."
-MAX_LISTED = 20
-"""Lines of each kind in an error; the rest is counted."""
 
 
 class Transform(NamedTuple):
@@ -153,9 +150,9 @@ def torch_slots(shapes: Mapping[str, Shape]) -> dict[str, Slot]:
 
 def check_tensors(found: Mapping[str, Shape], slots: Mapping[str, Slot]) -> None:
     """Raises a ValueError that lists missing (-), unknown (+) and misshapen (!) tensors."""
-    faults = _listed([f"- {name}" for name in slots if name not in found])
-    faults += _listed([f"+ {name}" for name in found if name not in slots and not is_ignored(name)])
-    faults += _listed(
+    faults = listed([f"- {name}" for name in slots if name not in found])
+    faults += listed([f"+ {name}" for name in found if name not in slots and not is_ignored(name)])
+    faults += listed(
         [
             f"! {name}: {found[name]}, expected {slot.torch_shape}"
             for name, slot in slots.items()
@@ -167,11 +164,6 @@ def check_tensors(found: Mapping[str, Shape], slots: Mapping[str, Slot]) -> None
             "tensors don't fit the model; missing (-), unknown (+), of another shape (!):\n"
             + "\n".join(faults)
         )
-
-
-def _listed(lines: list[str]) -> list[str]:
-    rest = len(lines) - MAX_LISTED
-    return lines if rest <= 0 else [*lines[:MAX_LISTED], f"{lines[0][0]} … and {rest} more"]
 
 
 def read_sizes(
@@ -226,12 +218,16 @@ def check_supported(fields: Mapping[str, Any]) -> None:
         raise ValueError(f"config.json: mm_projector_type is {projector!r}, only 'mlp2x_gelu' is supported")
     if fields.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act is {fields['hidden_act']!r}, only 'silu' is supported")
-    scaling = fields.get("rope_scaling")
-    if scaling is None and (fields.get("rope_parameters") or {}).get("rope_type", "default") != "default":
-        scaling = fields["rope_parameters"]
-    # transformers 5 gives the unscaled base under this name too.
-    if scaling is not None and scaling.get("rope_type") != "default":
-        raise ValueError(f"config.json: rope_scaling is {scaling}, which is not supported")
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if fields.get(key):
+            raise ValueError(
+                f"config.json: {key} is true; prompts with such tokens around the image are not supported"
+            )
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = _rope_fields(fields, key)
+        # transformers 5 gives the unscaled base under both names.
+        if rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
+            raise ValueError(f"config.json: {key} is {rope}, which is not supported")
 
 
 def _check_parts(found: Mapping[str, Shape], *, with_extractor: bool) -> None:
@@ -263,9 +259,9 @@ def _read_decoder(
         if _integer(fields, key, size) != size:
             raise ValueError(f"config.json says {key} {fields[key]}, the tensors ({origin}) say {size}")
     num_heads = _integer(fields, "num_attention_heads", 0)
-    if num_heads <= 0:
+    if not num_heads:
         raise ValueError("config.json has no num_attention_heads, which no tensor tells")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope = _rope_fields(fields, "rope_parameters") or _rope_fields(fields, "rope_scaling")
     return DecoderConfig(
         vocab_size=embedding[0],
         dim=embedding[1],
@@ -274,8 +270,8 @@ def _read_decoder(
         num_heads=num_heads,
         num_kv_heads=_integer(fields, "num_key_value_heads", num_heads),
         head_dim=_integer(fields, "head_dim", embedding[1] // num_heads),
-        rope_theta=float(fields.get("rope_theta", rope.get("rope_theta", DecoderConfig.rope_theta))),
-        norm_eps=float(fields.get("rms_norm_eps", DecoderConfig.norm_eps)),
+        rope_theta=_number(fields, "rope_theta", _number(rope, "rope_theta", DecoderConfig.rope_theta)),
+        norm_eps=_number(fields, "rms_norm_eps", DecoderConfig.norm_eps),
     )
 
 
@@ -320,6 +316,21 @@ def release_fields(config: OspreyConfig, *, torch_dtype: str, bos_id: int, eos_i
     return fields
 
 
+def tokenizer_files(*, sentencepiece: bool) -> dict[str, dict[str, Any]]:
+    """The release's JSON files beside its tokenizer, by name; without them transformers can't open it."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings: dict[str, Any] = {"model_max_length": 2048, "padding_side": "right"}
+    if sentencepiece:
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        settings |= {"add_bos_token": True, "add_eos_token": False}
+    else:
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return {
+        "tokenizer_config.json": special | settings,
+        "special_tokens_map.json": special | {"pad_token": "<unk>"},
+    }
+
+
 def with_placeholders(config: OspreyConfig, *, mask_id: int, position_id: int) -> OspreyConfig:
     """The configuration with the tokenizer's ids of `<mask>` and `<pos>`.
 
@@ -344,6 +355,22 @@ def _integer(fields: Mapping[str, Any], key: str, default: int) -> int:
     value = fields.get(key)
     if value is None:
         return default
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    raise ValueError(f"config.json: {key} must be an integer, got {value!r}")
+    raise ValueError(f"config.json: {key} must be a positive integer, got {value!r}")
+
+
+def _number(fields: Mapping[str, Any], key: str, default: float) -> float:
+    value = fields.get(key)
+    if value is None:
+        return default
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"config.json: {key} must be a positive number, got {value!r}")
+
+
+def _rope_fields(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = fields.get(key)
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    raise ValueError(f"config.json: {key} must be a mapping, got {value!r}")

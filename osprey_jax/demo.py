@@ -2,9 +2,10 @@
 
     python -m osprey_jax.demo [--output outputs/demo] [--config configs/tiny.py]
 
-Writes into the output directory: `run/`, the training run with the model in `run/export`; `regions.png`, scenes with
-their masks and the model's words; `metrics.json`. Prints a table of questions, answers and truths. An interrupted
-demo goes on where it was. Exit status: 0 if the model learned, 1 if it didn't, 2 where it can't begin.
+Writes into the output directory: `run/`, the training run with the model in `run/export`; `regions.png`,
+scenes with their masks and the model's words; `metrics.json`. Prints a table of questions, answers and
+truths. An interrupted demo goes on where it was. Exit status: 0 if the model learned, 1 if it didn't, 2 where
+it can't begin.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def answer_records(osprey: Osprey, *, size: int, each: int) -> Iterator[Row]:
         source = Shapes(split="held_out", seed=1, size=size, kinds=(kind,))
         for record in (source[index] for index in range(each)):
             question, truth = record.turns[0]
+            assert isinstance(record.image, np.ndarray), "scenes are rendered, not read from files"
             count = question.count(REGION)
             opening = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(count)}"
             masks = record.masks[:count]
@@ -97,7 +99,7 @@ def share_equal(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def draw_scenes(described: Sequence[Described]) -> Image.Image:
-    """Scenes with their regions and the model's words, three in a row; a wrong answer has its truth with it."""
+    """Scenes with their regions and the model's words, three in a row; a wrong answer has its truth along."""
     pictures = []
     for scene, truths, answers, _ in described:
         words = [a if a == t else f"{a} [truth: {t}]" for t, a in zip(truths, answers, strict=True)]
@@ -155,13 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(
-        f"{metrics['exact_match']:.1%} of {len(triples)} held-out regions described exactly; with the masks of "
-        f"each image exchanged {metrics['exact_match_permuted']:.1%}; {metrics['seconds']:.0f} s\n"
+        f"{metrics['exact_match']:.1%} of {len(triples)} held-out regions described exactly; with the masks "
+        f"of each image exchanged {metrics['exact_match_permuted']:.1%}; {metrics['seconds']:.0f} s\n"
         f"see {args.output / 'regions.png'} and {args.output / 'metrics.json'}"
     )
     if metrics["exact_match"] < LEARNED or metrics["exact_match_permuted"] > AT_MOST_PERMUTED:
         print(
-            f"error: it did not learn: at least {LEARNED:.0%} and at most {AT_MOST_PERMUTED:.0%} were expected",
+            f"error: it did not learn: at least {LEARNED:.0%} and at most {AT_MOST_PERMUTED:.0%} were "
+            "expected",
             file=sys.stderr,
         )
         return 1

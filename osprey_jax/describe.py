@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -18,8 +17,8 @@ from tqdm import tqdm
 from osprey_jax import figure
 from osprey_jax.image import load_image
 from osprey_jax.masks import encode_rle
-from osprey_jax.predictor import Level, Osprey
-from osprey_jax.prompt import IMAGE_TOKEN, PROTOCOLS, REGION
+from osprey_jax.predictor import Level, Osprey, request
+from osprey_jax.prompt import PROTOCOLS, REGION
 from osprey_jax.region_files import Regions, read_regions
 
 USAGE_ERROR = 2
@@ -83,7 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--level", choices=("short", "detailed"), help="default: short")
     asked.add_argument(
         "--question",
-        type=_question,
         metavar="TEXT",
         help='asked of each region, as in "What colour is <region>?"',
     )
@@ -91,18 +89,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--figure", type=Path, metavar="FILE", help="draws the regions and their words, .png or .jpg")
     add(
         "--max-new-tokens",
-        type=_positive,
+        type=int,
         metavar="N",
         help="limit of an answer; default: 64, or 512 for long ones",
     )
-    add("--temperature", type=_temperature, default=0.0, help="of sampling; default: 0, the likeliest words")
-    add("--top-p", type=_probability, default=1.0, help="samples among the likeliest tokens; default: 1, all")
+    add("--temperature", type=float, default=0.0, help="of sampling; default: 0, the likeliest words")
+    add("--top-p", type=float, default=1.0, help="samples among the likeliest tokens; default: 1, all")
     add("--seed", type=int, default=0, help="of sampling; default: 0")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
+    level: Level = args.level or "short"
+    asked = request(
+        level,
+        question=args.question,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
     inputs = [args.image, *args.masks]
     _check_target(args.output, inputs)
     _check_target(args.figure, [*inputs, args.output])
@@ -113,20 +120,10 @@ def _run(args: argparse.Namespace) -> None:
     image = load_image(args.image)
     regions = read_regions(args.masks, (image.shape[0], image.shape[1]), image_name=args.image.name)
     _report_skipped(args.masks[0], regions)
-    level: Level = args.level or "short"
     osprey = Osprey.load(args.checkpoint, dtype=args.dtype)
-    with tqdm(total=len(regions.masks), unit="region", disable=len(regions.masks) <= _FEW) as bar:
-        texts = osprey.describe(
-            image,
-            regions.masks,
-            level,
-            question=args.question,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            progress=bar.update,
-        )
+    count = len(regions.masks)
+    answers = osprey._describe(image, regions.masks, asked)
+    texts = list(tqdm(answers, total=count, unit="region", disable=count <= _FEW))
     question = args.question or PROTOCOLS[f"demo_{level}"].question
     assert question is not None, "the demo's protocols have questions"
     records = _records(args.image, regions, question, texts)
@@ -143,34 +140,6 @@ def _run(args: argparse.Namespace) -> None:
         with _replacing(args.figure) as partial:
             picture.save(partial, format=figure.FORMATS[args.figure.suffix.lower()], quality=92)
         print(f"figure in {args.figure}", file=sys.stderr)
-
-
-def _question(text: str) -> str:
-    if (count := text.replace("<region>", REGION).count(REGION)) != 1:
-        raise argparse.ArgumentTypeError(f"must name <region> once, this one does so {count} times: {text!r}")
-    if IMAGE_TOKEN in text:
-        raise argparse.ArgumentTypeError(
-            f"must not name {IMAGE_TOKEN}, which is put in front of it: {text!r}"
-        )
-    return text
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _temperature(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return value
-
-
-def _probability(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
 
 
 def _check_target(path: Path | None, others: Sequence[Path | None]) -> None:

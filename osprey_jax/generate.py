@@ -76,20 +76,18 @@ class Answer:
     length: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("model", "slots"))
+@partial(jax.jit, static_argnames="model")
 def prefill(
-    model: Osprey,
-    params: Params,
-    input_ids: Int[Array, "1 T"],
-    length: Int[Array, ""],
-    tokens: VisualTokens,
-    *,
-    slots: int,
+    model: Osprey, params: Params, input_ids: Int[Array, "1 T"], length: Int[Array, ""], tokens: VisualTokens
 ) -> Prefix:
-    """Runs a prompt's beginning, `length` ids and then padding, into a new cache of `slots` slots."""
-    cache = init_cache(model.config.decoder, 1, slots, dtype=model.dtype)
-    prefix = Prefix(cache=cache, length=jnp.zeros((), jnp.int32))
-    return _extend(model, params, prefix, input_ids, length, tokens)[1]
+    """Runs a prompt's beginning, `length` ids and then padding, into a cache of `T` slots."""
+    cache = init_cache(model.config.decoder, 1, input_ids.shape[1], dtype=model.dtype)
+    index = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+    segment_ids = (index < length).astype(jnp.int32)
+    _, cache = apply(
+        model, params, Osprey.decode, input_ids, tokens, positions=index, segment_ids=segment_ids, cache=cache
+    )
+    return Prefix(cache=cache, length=length)
 
 
 @partial(jax.jit, static_argnames=("model", "room"))
@@ -113,7 +111,7 @@ def answer(
     Args:
       model: the network; its dtype is what the cache holds.
       params: its parameters.
-      prefix: what precedes; its cache must have room for `T + room` more tokens, and is not changed.
+      prefix: what precedes; it is only read.
       input_ids: the rest of the prompt, then padding.
       length: how many of them count; at least one.
       tokens: visual tokens of all regions.
@@ -129,50 +127,49 @@ def answer(
         mask=jax.lax.dynamic_slice_in_dim(tokens.mask, region, 1, axis=1),
         position=jax.lax.dynamic_slice_in_dim(tokens.position, region, 1, axis=1),
     )
-    logits, prefix = _extend(model, params, prefix, input_ids, length, own)
     # Later tokens are text; their step splices nothing.
     nothing = jax.tree.map(lambda x: x[:, :0], own)
 
-    def choose(logits: Array, step: Array) -> tuple[Array, Array]:
-        token = sampler(logits, jax.random.fold_in(key, step))[0]
-        return token, jax.nn.log_softmax(logits[0])[token]
+    def extend(
+        cache: Cache, used: Array, ids: Array, count: Array, tokens: VisualTokens
+    ) -> tuple[Float[Array, " V"], Cache]:
+        """Appends `count` tokens behind the `used` ones; the logits are those after the last of them."""
+        index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+        hidden, cache = apply(
+            model,
+            params,
+            Osprey.decode,
+            ids,
+            tokens,
+            positions=prefix.length + used + index,
+            segment_ids=(index < count).astype(jnp.int32),
+            prefix=prefix.cache,
+            cache=cache,
+        )
+        last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
+        return apply(model, params, Osprey.logits, last)[0, 0], cache
+
+    def choose(logits: Array, out: Answer) -> tuple[Array, Answer]:
+        place = out.length
+        token = sampler(logits[None], jax.random.fold_in(key, place))[0]
+        return token, Answer(
+            token_ids=out.token_ids.at[place].set(token),
+            logprobs=out.logprobs.at[place].set(jax.nn.log_softmax(logits)[token]),
+            length=place + 1,
+        )
 
     def running(state: tuple) -> Array:
-        step, token, *_ = state
-        return (step < limit) & ((step == 0) | (token != eos_id))
+        token, out, _ = state
+        return (out.length < limit) & (token != eos_id)
 
     def decode(state: tuple) -> tuple:
-        step, _, logits, prefix, out = state
-        token, logprob = choose(logits, step)
-        out = Answer(
-            token_ids=out.token_ids.at[step].set(token),
-            logprobs=out.logprobs.at[step].set(logprob),
-            length=step + 1,
-        )
-        one = jnp.ones((), jnp.int32)
-        logits, prefix = _extend(model, params, prefix, token[None, None], one, nothing)
-        return step + 1, token, logits, prefix, out
+        token, out, cache = state
+        used, one = length + out.length - 1, jnp.ones((), jnp.int32)
+        logits, cache = extend(cache, used, token[None, None], one, nothing)
+        return (*choose(logits, out), cache)
 
     zero = jnp.zeros((), jnp.int32)
+    cache = init_cache(model.config.decoder, 1, input_ids.shape[1] + room, dtype=model.dtype)
+    logits, cache = extend(cache, zero, input_ids, length, own)
     empty = Answer(token_ids=jnp.zeros(room, jnp.int32), logprobs=jnp.zeros(room, jnp.float32), length=zero)
-    return jax.lax.while_loop(running, decode, (zero, zero, logits, prefix, empty))[-1]
-
-
-def _extend(
-    model: Osprey, params: Params, prefix: Prefix, input_ids: Array, length: Array, tokens: VisualTokens
-) -> tuple[Float[Array, "1 V"], Prefix]:
-    """Appends `length` tokens to a prefix; the logits are those after the last of them."""
-    index = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    hidden, cache = apply(
-        model,
-        params,
-        Osprey.decode,
-        input_ids,
-        tokens,
-        positions=prefix.length + index,
-        segment_ids=(index < length).astype(jnp.int32),
-        cache=prefix.cache,
-    )
-    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
-    logits = apply(model, params, Osprey.logits, last)
-    return logits[:, 0], Prefix(cache=cache, length=prefix.length + length)
+    return jax.lax.while_loop(running, decode, (*choose(logits, empty), cache))[1]

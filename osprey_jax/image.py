@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from osprey_jax.masks import bilinear_taps
+from osprey_jax.masks import resize_square
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
@@ -24,18 +24,13 @@ def load_image(image: ImageLike) -> np.ndarray:
       FileNotFoundError: no such file.
       ValueError: an unreadable or truncated file, or an array of another shape or dtype.
     """
-    if isinstance(image, Image.Image):
-        return _rgb(image)
-    if isinstance(image, str | os.PathLike):
-        if not os.path.exists(image):
-            raise FileNotFoundError(f"no image at {os.fspath(image)}")
+    if isinstance(image, str | os.PathLike) and not os.path.exists(image):
+        raise FileNotFoundError(f"no image at {os.fspath(image)}")
+    if isinstance(image, str | os.PathLike | Image.Image):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(image) as opened:
-                    return _rgb(opened)
+            image = _read(image)
         except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"cannot read the image {os.fspath(image)}: {error}") from error
+            raise ValueError(f"cannot read the image {getattr(image, 'filename', image)}: {error}") from error
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"an image array must be (h, w, 3) uint8, got {array.shape} {array.dtype}")
@@ -54,18 +49,16 @@ def preprocess(image: np.ndarray, *, size: int) -> np.ndarray:
     target = (size, longer) if width <= height else (longer, size)
     resized = Image.fromarray(image).resize(target, Image.Resampling.BICUBIC)
     pixels = (np.asarray(resized).astype(np.float32) * np.float32(1 / 255) - MEAN) / STD
-    return _resize_square(pixels, size)
+    return resize_square(pixels, size, rows=0)
 
 
-def _resize_square(pixels: np.ndarray, size: int) -> np.ndarray:
-    for axis in (1, 0):
-        # The short edge has its size already, and reading each pixel alone would leave it as it is.
-        if pixels.shape[axis] != size:
-            low, high, weight = bilinear_taps(pixels.shape[axis], size)
-            weight = weight[:, None, None] if axis == 0 else weight[:, None]
-            lower, upper = pixels.take(low, axis), pixels.take(high, axis)
-            pixels = lower * (np.float32(1) - weight) + upper * weight
-    return pixels
+def _read(image: str | os.PathLike | Image.Image) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return _rgb(image)  # which decodes it, if it was only opened
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(image) as opened:
+            return _rgb(opened)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

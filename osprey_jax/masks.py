@@ -1,6 +1,6 @@
 """Region masks: what users give, COCO's encodings, and the mask pyramid that the model takes (NumPy)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,17 @@ def bilinear_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, 
     return lo, hi, (source - lo.astype(np.float32)).astype(np.float32)
 
 
+def resize_square(x: np.ndarray, size: int, *, rows: int) -> np.ndarray:
+    """Resizes the axis `rows` and the columns after it to `size` by `bilinear_taps`; gives float32."""
+    for axis in (rows + 1, rows):
+        # An axis that has its size already reads each element alone.
+        if x.shape[axis] != size:
+            low, high, weight = bilinear_taps(x.shape[axis], size)
+            weight = weight.reshape(-1, *(1,) * (x.ndim - 1 - axis))
+            x = x.take(low, axis) * (np.float32(1) - weight) + x.take(high, axis) * weight
+    return x.astype(np.float32, copy=False)
+
+
 def mask_pyramid(masks: np.ndarray, *, level_sizes: Sequence[int], position_size: int) -> MaskPyramid:
     """Resizes `(R, h, w)` bool masks from their own resolution to every level and to the position size.
 
@@ -49,7 +60,7 @@ def mask_pyramid(masks: np.ndarray, *, level_sizes: Sequence[int], position_size
         raise ValueError(f"masks must be (R, h, w), got {masks.shape}")
     masks = masks.astype(bool)
     levels = tuple(_binary_level(masks, side) for side in level_sizes)
-    return MaskPyramid(levels=levels, position=_resize(masks, position_size))
+    return MaskPyramid(levels=levels, position=resize_square(masks, position_size, rows=1))
 
 
 def _binary_level(masks: np.ndarray, side: int) -> np.ndarray:
@@ -68,35 +79,25 @@ def _nonzero_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray]:
     return lo, np.where(weight > 0, hi, lo)
 
 
-def _resize(masks: np.ndarray, side: int) -> np.ndarray:
-    (top, bottom, wy), (left, right, wx) = (bilinear_taps(size, side) for size in masks.shape[1:])
-    one = np.float32(1)
-    upper, lower = masks[:, top], masks[:, bottom]
-    upper_row = upper[:, :, left] * (one - wx) + upper[:, :, right] * wx
-    lower_row = lower[:, :, left] * (one - wx) + lower[:, :, right] * wx
-    return upper_row * (one - wy)[:, None] + lower_row * wy[:, None]
-
-
-def as_masks(masks: "ArrayLike | Sequence[ArrayLike]", image_size: tuple[int, int]) -> np.ndarray:
+def as_masks(masks: "ArrayLike | Iterable[ArrayLike]", image_size: tuple[int, int]) -> np.ndarray:
     """Checks what a user gives as masks and returns them as `(R, h, w)` bool.
 
-    Accepts an array or a list of `(h, w)` arrays, bool, 0/1 or 0/255, at the image's own size `(h, w)`.
+    Accepts an array or an iterable of `(h, w)` arrays, bool, 0/1 or 0/255, at the image's own size `(h, w)`.
     All-zero masks are legal.
 
     Raises:
       ValueError: no masks, another number of axes, another size than the image's, other values.
     """
-    if not hasattr(masks, "shape") and len(masks) == 0:
-        raise ValueError("no masks given: pass (R, h, w) with at least one region")
-    shapes = sorted({np.shape(mask) for mask in masks}) if not hasattr(masks, "shape") else []
-    if len(shapes) > 1:
-        raise ValueError(f"all masks must have one size, got {', '.join(map(str, shapes))}")
+    if isinstance(masks, Iterable) and not hasattr(masks, "shape"):
+        masks = list(masks)
+        if len(shapes := sorted({np.shape(mask) for mask in masks})) > 1:
+            raise ValueError(f"all masks must have one size, got {', '.join(map(str, shapes))}")
     array = np.asarray(masks)
+    if masks is None or array.shape[:1] == (0,):
+        raise ValueError("no masks given: pass (R, h, w) with at least one region")
     if array.ndim != 3:
         hint = "; for a single mask pass mask[None]" if array.ndim == 2 else ""
         raise ValueError(f"masks must be (R, h, w), got {array.shape}{hint}")
-    if array.shape[0] == 0:
-        raise ValueError("no masks given: pass (R, h, w) with at least one region")
     if array.shape[1:] != tuple(image_size):
         raise ValueError(
             f"masks are {array.shape[1:]} (height, width), the image is {tuple(image_size)}; "

@@ -1,9 +1,13 @@
 """`Osprey`: an image, region masks and a question in; words about each region out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +35,8 @@ from osprey_jax.prompt import (
 )
 from osprey_jax.typing import Array, ArrayLike, Float, Params
 
-Masks = ArrayLike | Sequence[ArrayLike]
-"""`(R, h, w)`: an array or a list of `(h, w)` arrays, bool, 0/1 or 0/255, at the image's own size."""
+Masks = ArrayLike | Iterable[ArrayLike]
+"""`(R, h, w)`: an array or an iterable of `(h, w)` arrays, bool, 0/1 or 0/255, at the image's own size."""
 Level = Literal["short", "detailed"]
 
 ANSWER_TOKENS = {"short": 64, "detailed": 512}
@@ -51,6 +55,23 @@ class Generation(NamedTuple):
     """Of each token: natural logarithm of the model's probability, before temperature and top-p."""
 
 
+class Decoding(NamedTuple):
+    """How answers are decoded; `decoding` makes it."""
+
+    sampler: Sampler
+    limit: int
+    seed: int
+
+
+class Request(NamedTuple):
+    """What is asked of each region and how it is answered; `request` makes it."""
+
+    prompt: str
+    keep: Callable[[str], str]
+    """The part of an answer that is kept."""
+    decoding: Decoding
+
+
 class Osprey:
     """A model with its tokenizer, ready to answer.
 
@@ -62,6 +83,12 @@ class Osprey:
 
     def __init__(self, config: OspreyConfig, params: Params, tokenizer: Tokenizer, *, dtype: str = "float32"):
         """`params` as `models.osprey.init_params` makes them; `dtype` is what is computed in."""
+        ids = (tokenizer.mask_id, tokenizer.position_id)
+        if ids != (config.mask_token_id, config.position_token_id):
+            raise ValueError(
+                f"the tokenizer has {MASK_TOKEN} and {POSITION_TOKEN} at {ids}, the model's config at "
+                f"{(config.mask_token_id, config.position_token_id)}"
+            )
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.model = network.Osprey(config, jnp.dtype(dtype))
 
@@ -95,42 +122,33 @@ class Osprey:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        progress: Callable[[int], object] | None = None,
     ) -> list[str]:
         """Says in words what each region is, one text per mask.
 
         Args:
           image: the picture.
           masks: the regions.
-          level: "short" or "detailed": the original demo's question, and the part of the answer that it keeps.
+          level: "short" or "detailed": the original demo's question, and the part of its answer that is kept.
           question: asked instead, with `<region>` where the region is meant; the answer is given whole.
           max_new_tokens: limit of an answer; by default `ANSWER_TOKENS` or `CHAT_TOKENS`.
           temperature: 0 for greedy answers.
           top_p: sampling is from the likeliest tokens that reach this probability.
           seed: of sampling.
-          progress: called with the number of regions newly answered, as a progress bar's `update` is.
         """
-        if level not in ANSWER_TOKENS:
-            raise ValueError(f"level must be 'short' or 'detailed', got {level!r}")
-        protocol = PROTOCOLS[f"demo_{level}"]
-        limit = ANSWER_TOKENS[level]
-        if question is not None:
-            question, limit = question.replace("<region>", REGION), CHAT_TOKENS
-            if (count := question.count(REGION)) != 1:
-                raise ValueError(
-                    f"a question must name <region> once, this one does so {count} times: {question}"
-                )
-        answers = self.generate(
-            image,
-            masks,
-            protocol.prompt(question),
-            max_new_tokens=limit if max_new_tokens is None else max_new_tokens,
+        asked = request(
+            level,
+            question=question,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            progress=progress,
         )
-        return [protocol.keep(text) if question is None else text for text, *_ in answers]
+        return list(self._describe(image, masks, asked))
+
+    def _describe(self, image: ImageLike, masks: Masks, asked: Request) -> Iterator[str]:
+        """`describe`, each text as soon as it is there: for the command's progress bar."""
+        for generation in self._generate(image, masks, asked.prompt, asked.decoding):
+            yield asked.keep(generation.text)
 
     def generate(
         self,
@@ -142,17 +160,21 @@ class Osprey:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        progress: Callable[[int], object] | None = None,
     ) -> list[Generation]:
         """Answers a complete prompt, template included, once for each mask.
 
         `prompt` holds one `<image>` and one `<mask><pos>`, which stands for each region in turn.
         """
-        decoding = _decoding(max_new_tokens, temperature, top_p, seed)
+        settings = decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return list(self._generate(image, masks, prompt, settings))
+
+    def _generate(
+        self, image: ImageLike, masks: Masks, prompt: str, settings: Decoding
+    ) -> Iterator[Generation]:
         ids = self._expand(prompt, regions=1)
         tokens, count = self._visual_tokens(image, masks)
-        split = min(ids.index(self.tokenizer.mask_id), ids.index(self.tokenizer.position_id))
-        return self._answers(tokens, ids[:split], ids[split:], range(count), decoding, progress)
+        split = ids.index(self.tokenizer.mask_id)
+        yield from self._answers(tokens, ids[:split], ids[split:], range(count), settings)
 
     def chat(
         self,
@@ -170,13 +192,14 @@ class Osprey:
         `messages` alternate {"role": "user", "content": …} and {"role": "assistant", "content": …}, first and
         last the user's. As in the conversation data, `<` and `>` are taken out of what they say.
         """
-        decoding = _decoding(max_new_tokens, temperature, top_p, seed)
+        settings = decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         said = _said(messages)
         tokens, count = self._visual_tokens(image, masks)
         said[0] = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(count)}{said[0]}"
         turns = list(zip(said[::2], [*said[1::2], None], strict=True))
         ids = self._expand(conversation(turns, system=SYSTEM_INFERENCE), regions=count)
-        return self._answers(tokens, ids[:-1], ids[-1:], [0], decoding)[0].text
+        [generation] = self._answers(tokens, ids[:-1], ids[-1:], [0], settings)
+        return generation.text
 
     def logits(self, image: ImageLike, masks: Masks, prompt: str) -> Float[np.ndarray, "T V"]:
         """Float32 next-token logits over the whole sequence; the image takes `num_image_tokens` places of it.
@@ -191,6 +214,8 @@ class Osprey:
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, BOS first, -200 for `<image>`."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt must be text, got {prompt!r}")
         return tokenize(self.tokenizer, prompt)
 
     def embed(self, image: ImageLike, masks: Masks) -> Float[np.ndarray, "R D"]:
@@ -213,7 +238,7 @@ class Osprey:
         return _visual_tokens(self.model, self.params, pixels, pyramid), count
 
     def _expand(self, text: str, *, regions: int) -> list[int]:
-        """Ids of a prompt with the image's places; checks that it names one image and so many regions."""
+        """Ids of a prompt with the image's places; it has to name one image and so many regions."""
         ids = self.tokenize(text)
         for name, token, expected in (
             (IMAGE_TOKEN, IMAGE_TOKEN_ID, 1),
@@ -224,6 +249,11 @@ class Osprey:
                 raise ValueError(
                     f"the prompt must hold {name} {expected} times, it does so {count} times: {text!r}"
                 )
+        region = (self.tokenizer.mask_id, self.tokenizer.position_id)
+        if list(itertools.pairwise(ids)).count(region) != regions:
+            raise ValueError(
+                f"each {MASK_TOKEN} of a prompt must be followed by its {POSITION_TOKEN}: {text!r}"
+            )
         place = ids.index(IMAGE_TOKEN_ID)
         return ids[:place] + [IMAGE_TOKEN_ID] * self.config.vision.num_image_tokens + ids[place + 1 :]
 
@@ -233,15 +263,12 @@ class Osprey:
         prefix: list[int],
         rest: list[int],
         regions: Iterable[int],
-        decoding: "_Decoding",
-        progress: Callable[[int], object] | None = None,
-    ) -> list[Generation]:
+        settings: Decoding,
+    ) -> Iterator[Generation]:
         """Decodes an answer for each of `regions`, all behind one prefix."""
-        room = max(_SUFFIX_STEP, 1 << (decoding.limit - 1).bit_length())
+        room = max(_SUFFIX_STEP, 1 << (settings.limit - 1).bit_length())
         first, second = self._padded(prefix, _LENGTH_STEP), self._padded(rest, _SUFFIX_STEP)
-        slots = first.shape[1] + second.shape[1] + room
-        shared = prefill(self.model, self.params, first, np.int32(len(prefix)), tokens, slots=slots)
-        results = []
+        shared = prefill(self.model, self.params, first, np.int32(len(prefix)), tokens)
         for region in regions:
             out = answer(
                 self.model,
@@ -251,19 +278,16 @@ class Osprey:
                 np.int32(len(rest)),
                 tokens,
                 region=np.int32(region),
-                sampler=decoding.sampler,
-                key=jax.random.fold_in(jax.random.key(decoding.seed), region),
-                limit=np.int32(decoding.limit),
+                sampler=settings.sampler,
+                key=jax.random.fold_in(jax.random.key(settings.seed), region),
+                limit=np.int32(settings.limit),
                 eos_id=np.int32(self.tokenizer.eos_id),
                 room=room,
             )
             length = int(out.length)
             ids = np.asarray(out.token_ids)[:length].tolist()
             text = self.tokenizer.decode(ids)
-            results.append(Generation(text, ids, np.asarray(out.logprobs)[:length].tolist()))
-            if progress is not None:
-                progress(1)
-        return results
+            yield Generation(text, ids, np.asarray(out.logprobs)[:length].tolist())
 
     def _padded(self, ids: list[int], step: int) -> np.ndarray:
         padded = np.full((1, -(-len(ids) // step) * step), self.tokenizer.pad_id, np.int32)
@@ -286,32 +310,71 @@ def _logits(
     return network.apply(model, params, network.Osprey.__call__, images, masks, input_ids)
 
 
-class _Decoding(NamedTuple):
-    """How answers are decoded: checked settings."""
+def request(
+    level: Level = "short",
+    *,
+    question: str | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Request:
+    """Checks what `Osprey.describe` is asked, and takes its options; raises ValueError as it does."""
+    if level not in tuple(ANSWER_TOKENS):
+        raise ValueError(f"level must be 'short' or 'detailed', got {level!r}")
+    protocol = PROTOCOLS[f"demo_{level}"]
+    if question is None:
+        prompt, keep, limit = protocol.prompt(), protocol.keep, ANSWER_TOKENS[level]
+    else:
+        prompt, keep, limit = protocol.prompt(_checked_question(question)), str, CHAT_TOKENS
+    limit = limit if max_new_tokens is None else max_new_tokens
+    return Request(prompt, keep, decoding(limit, temperature=temperature, top_p=top_p, seed=seed))
 
-    sampler: Sampler
-    limit: int
-    seed: int
 
-
-def _decoding(limit: int, temperature: float, top_p: float, seed: int) -> _Decoding:
+def decoding(max_new_tokens: int, *, temperature: float, top_p: float, seed: int) -> Decoding:
+    """Checks the options of decoding; raises ValueError that names the one that is wrong."""
+    limit, number = _integer("max_new_tokens", max_new_tokens), _integer("seed", seed)
     if limit < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed must have at most 64 bits, got {number}")
+    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
+    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
     if temperature == 0:
-        return _Decoding(Greedy(), limit, seed)
-    return _Decoding(
-        TopP(temperature=np.asarray(temperature, np.float32), top_p=np.asarray(top_p, np.float32)),
-        limit,
-        seed,
-    )
+        return Decoding(Greedy(), limit, number)
+    sampler = TopP(temperature=np.asarray(temperature, np.float32), top_p=np.asarray(top_p, np.float32))
+    return Decoding(sampler, limit, number)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _checked_question(question: str) -> str:
+    """A question of one's own with its region's placeholders."""
+    if not isinstance(question, str):
+        raise ValueError(f"a question must be text, got {question!r}")
+    text = question.replace("<region>", REGION)
+    if (count := text.count(REGION)) != 1:
+        raise ValueError(f"a question must name <region> once, this one does so {count} times: {question}")
+    for token in (IMAGE_TOKEN, MASK_TOKEN, POSITION_TOKEN):
+        if token in text.replace(REGION, ""):
+            raise ValueError(f"a question must not hold {token} but for its <region>: {question}")
+    return text
 
 
 def _said(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the messages say, once their roles are checked."""
+    """What the messages say, once their form is checked."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f"messages must be a list, got {messages!r}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} must have a role and a content that is text, got {message!r}")
     roles = [message.get("role") for message in messages]
     if len(roles) % 2 == 0 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
         raise ValueError(

@@ -23,6 +23,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "activation_channels": None,
     "activation_embed": None,
     "activation_heads": "tensor",
+    "activation_kv_heads": "tensor",
     "activation_ffn": "tensor",
     "activation_vocab": "tensor",
     # Parameters. Each matrix is split once over fsdp and once over tensor.

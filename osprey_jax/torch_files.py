@@ -5,13 +5,15 @@ that imports torch, and only when it is used.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from osprey_jax.checkpoint import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that are converted; a tensor of another one is listed with dtype `void`."""
 MAX_LISTED = 20
 """Lines of each kind in an error; the rest is counted."""
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -36,15 +39,25 @@ class Entry(NamedTuple):
 
 def read_directory(directory: Path) -> dict[str, Entry]:
     """All tensors of a directory, through the index if there is one. Raises ValueError as `convert` does."""
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        index = directory / f"{file}.index.json"
-        if index.is_file():
-            return _read_indexed(index)
-        if (directory / file).is_file():
-            return read_file(directory / file)
-    raise ValueError(
-        f"no weights in {directory}: neither model.safetensors nor pytorch_model.bin, nor an index"
-    )
+    name = _entrance([path.name for path in directory.iterdir()])
+    if name is None:
+        raise ValueError(f"no weights in {directory}: neither {' nor '.join(_WHOLE)}, nor an index")
+    return _read_indexed(directory / name) if name.endswith(".json") else read_file(directory / name)
+
+
+def weight_patterns(names: Collection[str]) -> list[str]:
+    """Patterns of the files that `read_directory` would read in a directory of these files."""
+    name = _entrance(names)
+    if name is None:
+        return []
+    stem, suffix = name.removesuffix(".index.json").split(".")
+    return [name, f"{stem}-*.{suffix}"] if name.endswith(".json") else [name]
+
+
+def _entrance(names: Collection[str]) -> str | None:
+    """Which file of a directory tells its tensors: an index or one that has all; safetensors before pickles."""
+    wanted = (name for whole in _WHOLE for name in (f"{whole}.index.json", whole))
+    return next((name for name in wanted if name in names), None)
 
 
 def _read_indexed(index: Path) -> dict[str, Entry]:
@@ -59,11 +72,15 @@ def _read_indexed(index: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for path in paths:
         merge(entries, read_file(path))
-    faults = [f"- {name} in {file}" for name, file in weight_map.items() if name not in entries]
-    faults += [f"+ {name} in {entry.file.name}" for name, entry in entries.items() if name not in weight_map]
+    faults = listed([f"- {name} in {file}" for name, file in weight_map.items() if name not in entries])
+    faults += listed(
+        [f"+ {name} in {entry.file.name}" for name, entry in entries.items() if name not in weight_map]
+    )
     if faults:
-        raise ValueError(f"{index} and its shards disagree; only in the index (-), only in a shard (+):\n"
-                         + "\n".join(faults[: MAX_LISTED]))  # fmt: skip
+        raise ValueError(
+            f"{index} and its shards disagree; only in the index (-), only in a shard (+):\n"
+            + "\n".join(faults)
+        )
     return entries
 
 
@@ -204,6 +221,7 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, without what some libraries append to it."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def listed(lines: list[str]) -> list[str]:
+    """Lines of one kind for an error, at most `MAX_LISTED` and how many more there are."""
+    rest = len(lines) - MAX_LISTED
+    return lines if rest <= 0 else [*lines[:MAX_LISTED], f"{lines[0][0]} … and {rest} more"]

@@ -99,7 +99,9 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
     evaluate = make_evaluate(model, data.held_out, config.eval_batches, mesh)
     metrics = Metrics(workdir, step=step, steps=data.steps, every=config.log_every)
-    with sharding.use_mesh(mesh), contextlib.closing(metrics), contextlib.closing(data.training):
+    with sharding.use_mesh(mesh), contextlib.ExitStack() as stack:
+        for each in (metrics, data.training, checkpoints):
+            stack.callback(each.close)
 
         def due(every: int) -> bool:
             return every > 0 and (step % every == 0 or step == data.steps)

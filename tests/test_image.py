@@ -58,14 +58,26 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     truncated.write_bytes(truncated.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"cannot read the image .*truncated\.png"):
         load_image(truncated)
+    with (
+        Image.open(truncated) as opened,  # which reads the header alone
+        pytest.raises(ValueError, match=r"cannot read the image .*truncated\.png"),
+    ):
+        load_image(opened)
     with pytest.raises(ValueError, match="cannot read the image"):
         load_image(tmp_path)
 
 
 @pytest.mark.parametrize(
     "array",
-    [RGB[:, :, 0], RGB.astype(np.float32), RGB[:, :, :2], RGB[:0], np.zeros((2, 3, 4, 3), np.uint8)],
-    ids=["grey", "float", "two channels", "no rows", "a batch"],
+    [
+        RGB[:, :, 0],
+        RGB.astype(np.float32),
+        RGB[:, :, :2],
+        RGB[:0],
+        np.zeros((2, 3, 4, 3), np.uint8),
+        Image.new("RGB", (0, 5)),
+    ],
+    ids=["grey", "float", "two channels", "no rows", "a batch", "a Pillow image without columns"],
 )
 def test_arrays_of_another_shape_or_dtype_are_refused(array: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"must be \(h, w, 3\) uint8, got \("):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from osprey_jax.masks import as_masks, decode_segmentation, encode_rle, mask_pyramid
@@ -21,8 +22,10 @@ POLYGONS = [[1.5, 1, 6, 1, 6, 4.5], [0, 0, 2, 0, 2, 2, 0, 2]]
         MASKS.astype(np.int64),
         list(MASKS),
         [mask.tolist() for mask in MASKS],
+        [Image.fromarray(mask) for mask in MASKS],
+        iter(MASKS),
     ],
-    ids=["bool", "0/1", "0/255", "float", "int", "list of arrays", "nested lists"],
+    ids=["bool", "0/1", "0/255", "float", "int", "arrays", "nested lists", "Pillow images", "an iterator"],
 )
 def test_masks_of_any_legal_kind_become_bool(given: object) -> None:
     found = as_masks(given, SIZE)
@@ -32,7 +35,7 @@ def test_masks_of_any_legal_kind_become_bool(given: object) -> None:
 
 def test_masks_may_be_empty_but_not_missing() -> None:
     assert not as_masks(np.zeros((2, *SIZE), np.uint8), SIZE).any()
-    for none in (np.zeros((0, *SIZE), bool), []):
+    for none in (np.zeros((0, *SIZE), bool), [], (), iter([]), None):
         with pytest.raises(ValueError, match="no masks given"):
             as_masks(none, SIZE)
 
@@ -49,8 +52,14 @@ def test_masks_may_be_empty_but_not_missing() -> None:
         (np.arange(35).reshape(1, *SIZE), "found the values 0, 1, 2, 3, 4, 5$"),
         (np.where(MASKS, np.nan, 0), "only 0 and 1"),
         (MASKS.astype(str), "must be bool or numbers, got dtype <U5"),
+        (Image.fromarray(MASKS[0]), r"got \(5, 7\); for a single mask pass mask\[None\]"),
+        ("masks.png", r"must be \(R, h, w\), got \(9,\)"),
+        (3, r"must be \(R, h, w\), got \(\)"),
     ],
-    ids=["one mask", "a batch", "transposed", "two sizes", "soft", "negative", "labels", "nan", "text"],
+    ids=[
+        *("one mask", "a batch", "transposed", "two sizes", "soft", "negative", "labels", "nan", "text"),
+        *("one Pillow image", "a path", "a number"),
+    ],
 )
 def test_what_is_no_mask_of_this_image_is_refused(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -123,3 +132,14 @@ def test_a_pyramid_of_no_regions_keeps_its_shapes() -> None:
 def test_a_pyramid_of_one_mask_without_its_axis_is_refused() -> None:
     with pytest.raises(ValueError, match=r"masks must be \(R, h, w\), got \(5, 7\)"):
         mask_pyramid(MASKS[0], level_sizes=(8, 4), position_size=6)
+
+
+def test_an_axis_that_has_the_position_masks_size_is_left_as_it_is() -> None:
+    masks = np.random.default_rng(1).random((2, 6, 12)) < 0.5
+    halves = masks.reshape(2, 6, 6, 2).mean(-1)  # each pixel lies in the middle between two
+    for given, expected in ((masks, halves), (masks.transpose(0, 2, 1), halves.transpose(0, 2, 1))):
+        np.testing.assert_array_equal(mask_pyramid(given, level_sizes=(), position_size=6).position, expected)
+    whole = mask_pyramid(masks[:, :, :6], level_sizes=(6,), position_size=6)
+    np.testing.assert_array_equal(whole.levels[0], masks[:, :, :6])
+    np.testing.assert_array_equal(whole.position, masks[:, :, :6])
+    assert whole.position.dtype == np.float32

@@ -11,12 +11,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from osprey_jax import sharding
-from osprey_jax.config import osprey_7b, tiny
+from osprey_jax.config import OspreyConfig, osprey_7b, tiny
 from osprey_jax.masks import mask_pyramid
 from osprey_jax.models.osprey import Osprey, boxed_params, init_params
 
 SMALL = 1 << 16
 """Arrays of fewer elements may be whole on every device."""
+TOLERANCE = 1e-5
+"""Of logits, relative to the largest: sums over devices are taken in another order."""
 
 
 def leaves(tree: object) -> dict[str, object]:
@@ -63,23 +65,60 @@ def inputs(batch: int) -> tuple:
     return images, jax.tree.map(lambda *x: np.stack(x), *pyramids), ids
 
 
+@jax.jit
+def forward(params: dict, *arguments: jax.Array) -> jax.Array:
+    return Osprey(tiny()).apply({"params": params}, *arguments)
+
+
+def random_params(config: OspreyConfig) -> dict:
+    """Like fresh ones, but with no bias at zero, no norm at one and no layer scale that hides its block."""
+    rng = np.random.default_rng(0)
+    ranges = {"gamma": (0.1, 0.5), "scale": (0.5, 1.5), "bias": (-0.5, 0.5)}
+
+    def draw(path: tuple, leaf: jax.Array) -> jax.Array:
+        if (ends := ranges.get(path[-1].key)) is None:
+            return leaf * 2
+        return jnp.asarray(rng.uniform(*ends, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, init_params(config, jax.random.key(0)))
+
+
+def relative_difference(found: jax.Array, expected: jax.Array) -> float:
+    found, expected = np.asarray(found), np.asarray(expected)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[dict, tuple, jax.Array]:
+    """Parameters, inputs and the logits of one device."""
+    params, arguments = random_params(tiny()), inputs(8)
+    return params, arguments, forward(params, *arguments)
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
-def test_logits_on_eight_devices_equal_those_on_one(sizes: tuple[int, int, int]) -> None:
+def test_logits_on_eight_devices_equal_those_on_one(
+    sizes: tuple[int, int, int], reference: tuple[dict, tuple, jax.Array]
+) -> None:
     config = tiny()
     mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
-    params = init_params(config, jax.random.key(0))
-    arguments = inputs(8)
-    model = Osprey(config)
-    expected = jax.jit(lambda p, *x: model.apply({"params": p}, *x))(params, *arguments)
+    params, arguments, expected = reference
     with sharding.use_mesh(mesh):
         split = jax.device_put(params, sharding.param_shardings(boxed_params(config), mesh))
-        found = jax.jit(lambda p, *x: model.apply({"params": p}, *x))(split, *arguments)
+        found = jax.jit(Osprey(config).apply)({"params": split}, *arguments)
     # The constraint on activations holds, and did not vanish: batch and vocabulary are split.
     shape = (8 // (sizes[0] * sizes[1]), 80, config.decoder.vocab_size // sizes[2])
     assert found.addressable_shards[0].data.shape == shape
-    np.testing.assert_allclose(
-        np.asarray(found), np.asarray(expected), atol=1e-5 * float(jnp.abs(expected).max())
-    )
+    assert relative_difference(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_each_stage_of_the_tower_shows_in_the_logits_that_are_compared(
+    stage: int, reference: tuple[dict, tuple, jax.Array]
+) -> None:
+    params, arguments, expected = reference
+    changed = jax.tree.map(lambda x: x, params)
+    changed["vision"][f"stages_{stage}"]["blocks"]["gamma"] *= 1.01
+    assert relative_difference(forward(changed, *arguments), expected) > 3 * TOLERANCE
 
 
 def box(value: jax.ShapeDtypeStruct, *names: str) -> dict:

@@ -77,7 +77,7 @@ class Block(nn.Module):
         y = Linear((c,), (4 * c,), ("channels", "channels_ffn"), dtype=self.dtype, name="fc1")(y)
         y = jax.nn.gelu(y, approximate=False)
         y = Linear((4 * c,), (c,), ("channels_ffn", "channels"), dtype=self.dtype, name="fc2")(y)
-        gamma = self.param("gamma", logical(nn.initializers.constant(1e-6), "channels"), (c,))
+        gamma = self.param("gamma", logical(nn.initializers.constant(0.5), "channels"), (c,))
         return x + y * gamma.astype(self.dtype)[None, None, None, :], None
 
 

@@ -19,7 +19,8 @@ def logical(init: nn.initializers.Initializer, *axes: str | None) -> nn.initiali
 class Linear(nn.Module):
     """Contracts the input's last `len(inputs)` axes with a kernel of shape `inputs + outputs`.
 
-    `axes` names the kernel's logical axes, inputs first. Kernel and bias are cast to `dtype`.
+    `axes` names the kernel's logical axes, inputs first. Kernel and bias are cast to `dtype`; the result has
+    that dtype, too, unless `out_dtype` is given.
     """
 
     inputs: Sequence[int]
@@ -27,6 +28,7 @@ class Linear(nn.Module):
     axes: Sequence[str]
     use_bias: bool = True
     dtype: jnp.dtype = jnp.dtype("float32")
+    out_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -45,11 +47,12 @@ class Linear(nn.Module):
             kernel.astype(self.dtype),
             (contract, ((), ())),
             precision=matmul_precision(self.dtype),
+            preferred_element_type=self.out_dtype,
         )
         if self.use_bias:
             bias = self.param(
                 "bias", logical(nn.initializers.zeros, *self.axes[n:]), tuple(self.outputs)
-            ).astype(self.dtype)
+            ).astype(y.dtype)
             y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y
 

@@ -4,6 +4,9 @@ Reference: Touvron et al., Llama 2, arXiv 2307.09288; weights as Hugging Face's 
 Differs: who sees whom is told by positions and segment ids, never by a token's place in the buffer.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -13,7 +16,7 @@ from osprey_jax.config import DecoderConfig
 from osprey_jax.models.layers import Linear, RMSNorm, logical
 from osprey_jax.ops.attention import attention, visibility
 from osprey_jax.ops.rotary import apply_rotary
-from osprey_jax.typing import Array, Float, Int
+from osprey_jax.typing import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
@@ -41,6 +44,19 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: jnp.dtyp
     )
 
 
+KeysValues = tuple[Array, Array]
+
+
+class _Place(NamedTuple):
+    """What all layers are told of the tokens that they are given."""
+
+    positions: Int[Array, "B T"]
+    mask: Bool[Array, "B T S"]
+    end: Int[Array, ""] | None
+    """The cache's slot of the first token."""
+    prefix_mask: Bool[Array, "B T S"] | None
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions; writes its keys and values into the cache's slots."""
 
@@ -49,27 +65,33 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, kv: tuple[Array, Array] | None, end: Array | None, positions: Array, mask: Array
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: _Place
+    ) -> tuple[Array, KeysValues | None]:
         c = self.config
         dim, heads, kv_heads = (c.dim,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
 
-        def linear(name: str, inputs: tuple, outputs: tuple, axes: tuple) -> Linear:
-            return Linear(inputs, outputs, axes, use_bias=False, dtype=self.dtype, name=name)
+        def project(name: str, outputs: tuple, kind: str) -> Array:
+            axes = ("embed", kind, "head_dim")
+            y = Linear(dim, outputs, axes, use_bias=False, dtype=self.dtype, name=name)(x)
+            return nn.with_logical_constraint(y, ("batch", None, f"activation_{kind}", None))
 
-        q = linear("q_proj", dim, heads, ("embed", "heads", "head_dim"))(x)
-        k = linear("k_proj", dim, kv_heads, ("embed", "kv_heads", "head_dim"))(x)
-        v = linear("v_proj", dim, kv_heads, ("embed", "kv_heads", "head_dim"))(x)
-        q = nn.with_logical_constraint(q, ("batch", None, "activation_heads", None))
-        q = apply_rotary(q, positions, theta=c.rope_theta)
-        k = apply_rotary(k, positions, theta=c.rope_theta)
-        if kv is not None and end is not None:
-            start = (0, end, 0, 0)
+        q, k, v = (
+            project("q_proj", heads, "heads"),
+            project("k_proj", kv_heads, "kv_heads"),
+            project("v_proj", kv_heads, "kv_heads"),
+        )
+        q, k = (apply_rotary(y, place.positions, theta=c.rope_theta) for y in (q, k))
+        if kv is not None and place.end is not None:
+            start = (0, place.end, 0, 0)
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
             kv = (k, v)
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-        return linear("o_proj", heads, dim, ("heads", "head_dim", "embed"))(out), kv
+        before = None
+        if prefix is not None and place.prefix_mask is not None:
+            before = prefix[0].astype(q.dtype), prefix[1].astype(q.dtype), place.prefix_mask
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), place.mask, prefix=before)
+        axes = ("heads", "head_dim", "embed")
+        return Linear(heads, dim, axes, use_bias=False, dtype=self.dtype, name="o_proj")(out), kv
 
 
 class FeedForward(nn.Module):
@@ -99,11 +121,11 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, kv: tuple[Array, Array] | None, end: Array | None, positions: Array, mask: Array
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: _Place
+    ) -> tuple[Array, KeysValues | None]:
         eps = self.config.norm_eps
         attended, kv = SelfAttention(self.config, self.dtype, name="self_attn")(
-            RMSNorm(eps, name="input_layernorm")(x), kv, end, positions, mask
+            RMSNorm(eps, name="input_layernorm")(x), kv, prefix, place
         )
         x = x + attended
         x = x + FeedForward(self.config, self.dtype, name="mlp")(
@@ -125,12 +147,19 @@ class Llama(nn.Module):
             DecoderLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype)
         self.norm = RMSNorm(c.norm_eps)
-        self.lm_head = Linear((c.dim,), (c.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=self.dtype)
+        self.lm_head = Linear(
+            (c.dim,),
+            (c.vocab_size,),
+            ("embed", "vocab"),
+            use_bias=False,
+            dtype=self.dtype,
+            out_dtype=jnp.dtype("float32"),
+        )
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of ids in `[0, vocab_size)`."""
@@ -143,6 +172,7 @@ class Llama(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         prefix_segment_ids: Int[Array, "B T"] | None = None,
+        prefix: Cache | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs the layers and the final norm.
@@ -152,26 +182,40 @@ class Llama(nn.Module):
           positions: each token's position in its own sequence, for rotary angles and causality.
           segment_ids: 0 for padding; a token sees earlier positions of its own segment.
           prefix_segment_ids: one more segment that a token sees, 0 for none (see `ops.attention.visibility`).
-          cache: what came before; it must have room for `T` more slots.
+          prefix: a cache that is only read, such as that of a prompt's beginning which many rows share. Its
+            batch `P` divides `B`: row `b` reads row `b // (B / P)`, and no row is copied.
+          cache: what came before in each row of its own; it must have room for `T` more slots.
 
         Returns:
           Hidden states of the compute dtype, and the cache with these tokens added (None without one).
         """
+        see = partial(
+            visibility,
+            query_positions=positions,
+            query_segments=segment_ids,
+            prefix_segments=prefix_segment_ids,
+        )
         key_positions, key_segments = positions, segment_ids
         if cache is not None:
             start = (0, cache.end)
             key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
             key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
-        mask = visibility(
-            query_positions=positions,
-            key_positions=key_positions,
-            query_segments=segment_ids,
-            key_segments=key_segments,
-            prefix_segments=prefix_segment_ids,
+        prefix_mask = None
+        if prefix is not None:
+            rows = positions.shape[0] // prefix.positions.shape[0]
+            prefix_mask = see(
+                key_positions=jnp.repeat(prefix.positions, rows, axis=0),
+                key_segments=jnp.repeat(prefix.segment_ids, rows, axis=0),
+            )
+        place = _Place(
+            positions=positions,
+            mask=see(key_positions=key_positions, key_segments=key_segments),
+            end=None if cache is None else cache.end,
+            prefix_mask=prefix_mask,
         )
         x = nn.with_logical_constraint(embeddings.astype(self.dtype), ("batch", None, "activation_embed"))
-        kv, end = (None, None) if cache is None else ((cache.keys, cache.values), cache.end)
-        x, kv = self.layers(x, kv, end, positions, mask)
+        before, kv = (None if c is None else (c.keys, c.values) for c in (prefix, cache))
+        x, kv = self.layers(x, kv, before, place)
         if cache is not None and kv is not None:
             keys, values = kv
             end = cache.end + positions.shape[1]
@@ -181,10 +225,8 @@ class Llama(nn.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Next-token logits in float32."""
-        return nn.with_logical_constraint(
-            self.lm_head(hidden).astype(jnp.float32), ("batch", None, "activation_vocab")
-        )
+        """Next-token logits in float32, whatever is computed in."""
+        return nn.with_logical_constraint(self.lm_head(hidden), ("batch", None, "activation_vocab"))
 
 
 class Embedding(nn.Module):

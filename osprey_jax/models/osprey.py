@@ -28,7 +28,7 @@ from osprey_jax.typing import Array, Bool, Float, Int, Params
 class VisualTokens:
     """What an image and its regions contribute to a sequence."""
 
-    image: Float[Array, "B N D"]
+    image: Float[Array, "B YX D"]
     """Image tokens, row-major over res4."""
     mask: Float[Array, "B R D"]
     position: Float[Array, "B R D"]
@@ -41,7 +41,7 @@ class Projector(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B YX C"]) -> Float[Array, "B YX D"]:
         x = Linear((x.shape[-1],), (self.dim,), ("channels", "projector"), dtype=self.dtype, name="fc1")(x)
         x = jax.nn.gelu(x, approximate=False)
         return Linear((self.dim,), (self.dim,), ("projector", "embed"), dtype=self.dtype, name="fc2")(x)
@@ -91,6 +91,7 @@ class Osprey(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         prefix_segment_ids: Int[Array, "B T"] | None = None,
+        prefix: Cache | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states of a spliced sequence; the arguments are those of `Llama.__call__`."""
@@ -99,6 +100,7 @@ class Osprey(nn.Module):
             positions=positions,
             segment_ids=segment_ids,
             prefix_segment_ids=prefix_segment_ids,
+            prefix=prefix,
             cache=cache,
         )
 
@@ -142,7 +144,7 @@ def _whole(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def splice(
-    x: Float[Array, "B T D"], places: Bool[Array, "B T"], values: Float[Array, "B M D"]
+    x: Float[Array, "B T D"], places: Bool[Array, "B T"], values: Float[Array, "B _ D"]
 ) -> Float[Array, "B T D"]:
     """Replaces the k-th marked place of each row of `x` by the row's k-th value."""
     if values.shape[1] == 0:

@@ -36,16 +36,31 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
+    *,
+    prefix: tuple[Array, Array, Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query softmax attention; scores and softmax in float32, output in the queries' dtype.
 
     Query head `n` reads key/value head `n // G`. A query that sees no key gets a finite, meaningless row.
+
+    `prefix` is a further set of keys and values `(P, S', K, H)` and its mask `(B, T, S')`, under one softmax.
+    `P` divides `B`: row `b` reads row `b // (B / P)` of it, and no row is copied.
     """
-    b, t, n, h = q.shape
-    grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
+    sources = [(k, v, mask)] if prefix is None else [prefix, (k, v, mask)]
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=matmul_precision(q.dtype))
-    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k) * h**-0.5
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = einsum("BKGTS,BSKH->BTKGH", weights, v)
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    b, t, n, h = q.shape
+    grouped = [q.reshape(keys.shape[0], -1, t, k.shape[2], n // k.shape[2], h) for keys, _, _ in sources]
+    scores = [
+        einsum("PRTKGH,PSKH->PRKGTS", queries, keys).reshape(b, k.shape[2], -1, t, keys.shape[1])
+        for queries, (keys, *_) in zip(grouped, sources, strict=True)
+    ]
+    seen = jnp.concatenate([visible for *_, visible in sources], axis=-1)[:, None, None]
+    masked = jnp.where(seen, jnp.concatenate(scores, axis=-1) * h**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(masked, axis=-1).astype(v.dtype)
+    out, start = jnp.zeros(q.shape, jnp.float32), 0
+    for keys, values, _ in sources:
+        part = weights[..., start : start + keys.shape[1]]
+        part = part.reshape(keys.shape[0], -1, *part.shape[1:])
+        out += einsum("PRKGTS,PSKH->PRTKGH", part, values).reshape(q.shape)
+        start += keys.shape[1]
+    return out.astype(q.dtype)

@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.shapes.tokenizer import train_tokenizer
-from tests.train.runs import ROOT, SMALL, Command
+from tests.train.runs import ROOT, SMALL, Command, Start
+
+QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+"""Compiling takes longer than running here; slower programs halve the time."""
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +31,9 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], subprocess.Popen]]:
-    """Starts the command with one device; programs are compiled once for all processes."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts the command on so many fake devices; programs are compiled once for all processes, and fast."""
+    environment = dict(os.environ)
     environment["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         tmp_path_factory.mktemp("cache")
     )
@@ -38,7 +41,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[s
     environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     processes = []
 
-    def started(arguments: list[str]) -> subprocess.Popen:
+    def started(arguments: list[str], *, devices: int = 1, flags: str = QUICKLY) -> subprocess.Popen:
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
         line = [sys.executable, "-m", "osprey_jax.train", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(line, cwd=ROOT, env=environment, **pipes))
@@ -51,7 +55,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[s
 
 @pytest.fixture(scope="session")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory, command: Command, start: Callable
+    tmp_path_factory: pytest.TempPathFactory, command: Command, start: Start
 ) -> tuple[Path, str, str]:
     """An undisturbed run: its directory, and what it wrote to stdout and stderr."""
     workdir = tmp_path_factory.mktemp("finished") / "run"

@@ -1,9 +1,12 @@
 """What the tests of the trainer share: the sizes of a small run, and readers of what a run writes."""
 
 import json
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from osprey_jax import checkpoint
@@ -34,6 +37,8 @@ FEW = {"trained": ("projector/.*",), "frozen_dtype": "bfloat16", "dtype": "bfloa
 
 Command = Callable[..., list[str]]
 """From a run's directory and overrides to the command's arguments."""
+Start = Callable[..., subprocess.Popen]
+"""Starts the command with these arguments."""
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -45,12 +50,31 @@ def learned(workdir: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if "per_second" not in key} for row in rows(workdir)]
 
 
+def steps(workdir: Path) -> int:
+    """How many steps are in the metrics at this moment."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.001)
+
+
 def newest(workdir: Path) -> int:
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def leaves(directory: Path) -> dict[str, np.ndarray]:
+    """What a checkpoint's `params/` or `optimizer/` holds."""
+    target = checkpoint.ocp.metadata(directory).metadata
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), target)
     return {
-        path: np.asarray(leaf) for path, leaf in checkpoint.flatten(checkpoint.ocp.load(directory)).items()
+        path: np.asarray(leaf)
+        for path, leaf in checkpoint.flatten(checkpoint.ocp.load(directory, target)).items()
     }

@@ -12,7 +12,19 @@ from tensorboardX.proto.event_pb2 import Event
 from osprey_jax import Osprey, checkpoint, convert, train, train_config
 from osprey_jax.batch import Batch
 from osprey_jax.config import from_config
-from tests.train.runs import FEW, SMALL, STEPS, Command, learned, leaves, newest, rows
+from tests.train.runs import (
+    FEW,
+    SMALL,
+    STEPS,
+    Command,
+    Start,
+    learned,
+    leaves,
+    newest,
+    rows,
+    steps,
+    wait_until,
+)
 
 torch = pytest.importorskip("torch")
 reference = pytest.importorskip("tests.parity.reference")
@@ -94,16 +106,21 @@ def test_the_trained_model_has_the_same_logits_in_torch(finished: tuple, tmp_pat
     [({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 0, "fsdp": 1, "tensor": 1}, 1)],
 )
 def test_losses_on_eight_devices_equal_those_on_one(
-    finished: tuple, command: Command, tmp_path: Path, mesh: dict[str, int], accumulation: int
+    finished: tuple,
+    command: Command,
+    start: Start,
+    tmp_path: Path,
+    mesh: dict[str, int],
+    accumulation: int,
 ) -> None:
     sizes = {f"mesh__{axis}": size for axis, size in mesh.items()}
-    config, workdir = train_config.parse(command(tmp_path / "run", accumulation=accumulation, **sizes))
-    assert train.make_mesh(config).size == 8
-    asked = iter(range(5))  # after five steps there is a reason to stop
-    train.train(config, workdir, stopped=lambda: None if next(asked, None) is not None else "the test")
-    found, expected = learned(workdir), learned(finished[0])[:5]
-    assert len(found) == 5
-    for row, other in zip(found, expected, strict=True):
+    workdir = tmp_path / "run"
+    process = start(command(workdir, accumulation=accumulation, **sizes), devices=8)
+    wait_until(lambda: steps(workdir) >= 5, process)
+    process.kill()
+    _, err = process.communicate()
+    assert f"cpu devices {mesh | {'data': mesh['data'] or 8}}" in err
+    for row, other in zip(learned(workdir)[:5], learned(finished[0])[:5], strict=True):
         # Sums of another order differ by a few 1e-7 in a step, and each step builds on the ones before.
         assert row == pytest.approx(other, rel=2e-5)
 

@@ -9,12 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.runs import STEPS, Command, learned, leaves, newest, rows
+from tests.train.runs import STEPS, Command, Start, learned, leaves, newest, rows, steps, wait_until
+
+
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    wait_until(condition, process)
+    process.kill()
+    process.communicate()
+
+
+def is_saving(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob(".*.incomplete"))
 
 
 @pytest.fixture(scope="session")
 def disturbed(
-    tmp_path_factory: pytest.TempPathFactory, command: Command, start: Callable
+    tmp_path_factory: pytest.TempPathFactory, command: Command, start: Start
 ) -> tuple[Path, dict[str, str]]:
     """A run that was killed in a step, killed in a save, told to stop, and had its newest checkpoint damaged.
 
@@ -23,29 +33,13 @@ def disturbed(
     workdir = tmp_path_factory.mktemp("disturbed") / "run"
     checkpoints, said = workdir / "checkpoints", {}
 
-    def begin(condition: Callable[[], bool]) -> subprocess.Popen:
-        process, end = start(command(workdir)), time.monotonic() + 200
-        while not condition():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end, "it took too long"
-            time.sleep(0.001)
-        return process
-
-    def steps() -> int:
-        path = workdir / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
-
     kill_at = np.random.default_rng().integers(12, 30)
-    process = begin(lambda: steps() >= kill_at)
-    process.kill()
-    process.communicate()
-
-    process = begin(lambda: newest(workdir) >= 30 and any(checkpoints.glob(".*.incomplete")))
-    process.kill()
-    process.communicate()
+    kill_when(start(command(workdir)), lambda: steps(workdir) >= kill_at)
+    kill_when(start(command(workdir)), lambda: newest(workdir) >= 30 and is_saving(workdir))
 
     before = newest(workdir)
-    process = begin(lambda: newest(workdir) > before)
+    process = start(command(workdir))
+    wait_until(lambda: newest(workdir) > before, process)
     process.send_signal(signal.SIGTERM)
     said["out"], _ = process.communicate(timeout=200)
     said["status"], said["stopped at"] = str(process.returncode), str(newest(workdir))
@@ -99,3 +93,20 @@ def test_the_newest_checkpoints_stay_and_nothing_incomplete_does(finished: tuple
     for workdir in (finished[0], disturbed[0]):
         names = {path.name for path in (workdir / "checkpoints").iterdir() if "damaged" not in path.name}
         assert names == {"80", "90", "100"}
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_no_loss(command: Command, start: Start, tmp_path: Path) -> None:
+    """With programs compiled as usual, in steps, saves, restores and whatever else there is."""
+    workdir, rng = tmp_path / "killed", np.random.default_rng()
+    assert start(command(tmp_path / "whole"), flags="").wait() == 0
+    for number in range(10):
+        process, before = start(command(workdir), flags=""), steps(workdir)
+        # After the first rows of this start, or long before there are any.
+        if number % 3:
+            wait_until(lambda before=before: steps(workdir) not in (0, before), process)
+        time.sleep(rng.uniform(0.0, 1.0 if number % 3 else 8.0))
+        process.kill()
+        process.communicate()
+    assert start(command(workdir), flags="").wait() == 0
+    assert learned(workdir) == learned(tmp_path / "whole")
