@@ -101,7 +101,7 @@ class OspreyConfig:
 
 
 def tiny() -> OspreyConfig:
-    """About two million parameters on 96-pixel images: trains on a laptop, for demos and tests."""
+    """About three million parameters on 96-pixel images: trains on a laptop, for demos and tests."""
     return OspreyConfig(
         vision=VisionConfig(image_size=96, depths=(1, 1, 2, 1), dims=(32, 64, 128, 192)),
         extractor=ExtractorConfig(dim=128, position_size=112),

@@ -42,7 +42,7 @@ class MaskExtractor(nn.Module):
         mask_tokens = Linear((dim,), (out,), ("extractor", "embed"), name="feat_linear")(summed)
 
         x = jnp.asarray(masks.position, jnp.float32)
-        x = x.reshape(*x.shape[:2], -1)
+        x = x.reshape(*x.shape[:2], self.config.position_size**2)
         x = jax.nn.relu(Linear((x.shape[-1],), (dim,), ("pixels", "extractor"), name="mask_linear_0")(x))
         x = jax.nn.relu(Linear((dim,), (dim,), ("extractor", "extractor_out"), name="mask_linear_1")(x))
         return mask_tokens, Linear((dim,), (out,), ("extractor", "embed"), name="mask_linear_2")(x)

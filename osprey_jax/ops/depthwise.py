@@ -46,28 +46,31 @@ def _convolution(x: Array, kernel: Array) -> Array:
     )
 
 
-def _shifts(x: Array, side: int) -> list[tuple[int, int, Array]]:
-    """Every tap `(dy, dx)` with the input shifted so that the tap lies on the output's pixel."""
-    rows, columns, pad = x.shape[1], x.shape[2], side // 2
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return [
-        (dy, dx, padded[:, dy : dy + rows, dx : dx + columns]) for dy in range(side) for dx in range(side)
-    ]
+def _padded(x: Array, side: int) -> Array:
+    pad = side // 2
+    return jnp.pad(x.astype(jnp.float32), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
 
 def _shifted_sums(x: Array, kernel: Array) -> Array:
+    side, (rows, columns) = kernel.shape[0], x.shape[1:3]
+    padded, kernel = _padded(x, side), kernel.astype(jnp.float32)[:, :, None, None, None, :]
     total = jnp.zeros(x.shape, jnp.float32)
-    for dy, dx, shifted in _shifts(x, kernel.shape[0]):
-        total += shifted.astype(jnp.float32) * kernel[dy, dx].astype(jnp.float32)[None, None, None, :]
+    for dy in range(side):
+        for dx in range(side):
+            total += padded[:, dy : dy + rows, dx : dx + columns] * kernel[dy, dx]
     return total.astype(x.dtype)
 
 
 def _kernel_grad_sums(x: Array, kernel: Array, g: Array) -> Array:
-    g32 = g.astype(jnp.float32)
-    taps = [
-        jnp.sum(shifted.astype(jnp.float32) * g32, (0, 1, 2)) for *_, shifted in _shifts(x, kernel.shape[0])
-    ]
-    return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+    side, (rows, columns) = kernel.shape[0], x.shape[1:3]
+    padded, g32 = _padded(x, side), g.astype(jnp.float32)
+
+    def row_of_taps(dy: Array) -> Array:
+        shifted = jax.lax.dynamic_slice_in_dim(padded, dy, rows, axis=1)
+        return jnp.stack([jnp.sum(shifted[:, :, dx : dx + columns] * g32, (0, 1, 2)) for dx in range(side)])
+
+    # A loop over the kernel's rows: all taps unrolled compile and run three times as long.
+    return jax.lax.map(row_of_taps, jnp.arange(side)).astype(kernel.dtype)
 
 
 def _kernel_grad_convolution(x: Array, kernel: Array, g: Array) -> Array:

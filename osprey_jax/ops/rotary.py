@@ -5,6 +5,7 @@ Differs: element `i` is rotated with element `i + H/2` (as in the checkpoints) r
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from osprey_jax.typing import Array, Float, Int
 
@@ -13,10 +14,15 @@ def apply_rotary(
     x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, theta: float
 ) -> Float[Array, "B T N H"]:
     """Rotates each head of `x` by its token's position; angles in float32."""
-    half = x.shape[-1] // 2
-    frequencies = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = _frequencies(x.shape[-1] // 2, theta)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def _frequencies(half: int, theta: float) -> np.ndarray:
+    """Angles per position, rounded as torch does: one unit in the last place is 1e-4 at position 1000."""
+    exponents = np.arange(half, dtype=np.float32) / np.float32(half)
+    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)

@@ -25,8 +25,8 @@ FORWARD = 2e-5
 """Largest difference over largest reference value that a block may show in float32.
 
 Two correct float32 programs differ by the order of their sums, each of which costs some units of 6e-8: 1e-7
-to 2e-6 was seen for every block, the full tower included, and 7e-6 where rotary angles of positions up to
-2047 are rounded. A wrong epsilon, approximation or layout shows from 1e-4 upwards.
+to 2e-6 was seen for every block, the full tower included. A wrong epsilon, approximation or layout shows
+from 1e-4 upwards.
 """
 GRADIENT = 1e-4
 """Largest relative L2 difference of a tensor's gradient; 2e-6 was seen."""

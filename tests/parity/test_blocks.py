@@ -103,9 +103,9 @@ def test_a_prompt_without_regions_agrees(multi_head: Pair, photograph: np.ndarra
     ids = prompt(multi_head.reference.config, 0)
     expected = multi_head.reference.logits(photograph, None, ids).numpy()
     images = preprocess(photograph, size=multi_head.config.vision.image_size)[None]
-    nowhere = multi_head.pyramid(np.ones((1, 427, 640), bool))  # a region that no id names
+    nothing = multi_head.pyramid(np.zeros((0, 427, 640), bool))
     whole = jax.jit(lambda params, *inputs: multi_head.model.apply({"params": params}, *inputs))
-    found = whole(multi_head.params, images, nowhere, np.array([multi_head.expand(ids)]))
+    found = whole(multi_head.params, images, nothing, np.array([multi_head.expand(ids)]))
     assert_steps_agree({"logits": found[0]}, {"logits": expected})
 
 

@@ -32,12 +32,20 @@ def text(pair: Pair, length: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def decode(grouped: Pair) -> Decode:
-    """`decode(ids, positions, segment_ids, prefix_segment_ids=None, cache=None)` to logits and cache."""
+    """`decode(ids, positions, segment_ids, prefix_segment_ids=None)` to logits and cache.
+
+    With `cache` and, for the decoder's `prefix`, `shared`.
+    """
     decoder, variables = Llama(grouped.config.decoder), {"params": grouped.params["decoder"]}
 
     @jax.jit
     def run(
-        ids: Array, positions: Array, segments: Array, prefix: Array | None, cache: Cache | None
+        ids: Array,
+        positions: Array,
+        segments: Array,
+        prefix: Array | None,
+        cache: Cache | None,
+        shared: Cache | None,
     ) -> tuple:
         hidden, cache = decoder.apply(
             variables,
@@ -45,18 +53,25 @@ def decode(grouped: Pair) -> Decode:
             positions=positions,
             segment_ids=segments,
             prefix_segment_ids=prefix,
+            prefix=shared,
             cache=cache,
         )
         return decoder.apply(variables, hidden, method=Llama.logits), cache
 
     def on_lists(
-        ids: object, positions: object, segments: object, prefix: object = None, cache: Cache | None = None
+        ids: object,
+        positions: object,
+        segments: object,
+        prefix: object = None,
+        *,
+        cache: Cache | None = None,
+        shared: Cache | None = None,
     ) -> tuple[Array, Cache | None]:
         arrays = [
             None if x is None else jnp.asarray(np.array(x), jnp.int32)
             for x in (ids, positions, segments, prefix)
         ]
-        return run(*arrays, cache)
+        return run(*arrays, cache, shared)
 
     return on_lists
 
@@ -158,6 +173,22 @@ def test_a_cached_prefix_serves_several_conversations(grouped: Pair, decode: Dec
         {"first": found[0, 0], "second": found[0, 1]},
         {"first": alone(grouped, prefix, first)[-1], "second": alone(grouped, prefix, second)[-1]},
     )
+
+
+def test_rows_that_share_a_read_only_prefix_equal_each_alone_behind_it(grouped: Pair, decode: Decode) -> None:
+    """Two prefixes of different lengths, two rows each; then one more token through the rows' own cache."""
+    prefixes = [text(grouped, 6, 10), text(grouped, 4, 11)]
+    rows = [text(grouped, 4, seed) for seed in range(20, 24)]
+    padded = [prefixes[0], [*prefixes[1], 9, 9]]
+    _, shared = decode(padded, [range(6)] * 2, [[1] * 6, [1] * 4 + [0] * 2], cache=empty_cache(grouped, 2))
+    starts = np.array([6, 6, 4, 4])[:, None]
+    own = empty_cache(grouped, 4)
+    asked = [row[:3] for row in rows], starts + np.arange(3), np.ones((4, 3))
+    found, own = decode(*asked, cache=own, shared=shared)
+    last, _ = decode([row[3:] for row in rows], starts + 3, np.ones((4, 1)), cache=own, shared=shared)
+    for row in range(4):
+        expected = alone(grouped, prefixes[row // 2], rows[row])[-4:]
+        assert_steps_agree({"logits": np.concatenate([found[row], last[row]])}, {"logits": expected})
 
 
 def test_without_a_prefix_segment_the_prefix_is_not_seen(grouped: Pair, decode: Decode) -> None:
