@@ -130,7 +130,8 @@ def _check_index(directory: Path | str) -> None:
     """
     params = as_path(directory) / "params"
     arrays = params / "state"
-    for path in (params / "_CHECKPOINT_METADATA", arrays / "_METADATA"):
+    optional = [*arrays.glob("_sharding"), *arrays.glob("array_metadatas/*")]
+    for path in [params / "_CHECKPOINT_METADATA", arrays / "_METADATA", *optional]:
         try:
             json.loads(path.read_text())
         except ValueError as error:

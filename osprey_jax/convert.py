@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from osprey_jax import checkpoint, convert_rules, torch_files
 from osprey_jax.config import ExtractorConfig
-from osprey_jax.convert_rules import PROJECTOR, TOWER, Shape, Slot
+from osprey_jax.convert_rules import PROJECTOR, TOWER, Slot
 from osprey_jax.models.osprey import abstract_params
 from osprey_jax.prompt import Tokenizer
-from osprey_jax.torch_files import DTYPES, Entry
+from osprey_jax.torch_files import DTYPES, Entry, Shape
 
 PART_BYTES = 256 << 20
 """Leaves are handed to Orbax in groups of at least so many bytes."""

@@ -48,7 +48,9 @@ class TopP:
     def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
         """See `Sampler`."""
         order = jnp.argsort(-logits, axis=-1)
-        ranked = jnp.take_along_axis(logits, order, axis=-1) / self.temperature
+        ranked = jnp.take_along_axis(logits, order, axis=-1)
+        # From the largest on, so that the smallest temperature can't overflow.
+        ranked = (ranked - ranked[:, :1]) / self.temperature
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The most likely token has nothing before it, so one token at least is kept.

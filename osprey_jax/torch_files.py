@@ -55,7 +55,7 @@ def weight_patterns(names: Collection[str]) -> list[str]:
 
 
 def _entrance(names: Collection[str]) -> str | None:
-    """Which file of a directory tells its tensors: an index or one that has all; safetensors before pickles."""
+    """Which file of a directory tells its tensors: an index, or one that has all; safetensors first."""
     wanted = (name for whole in _WHOLE for name in (f"{whole}.index.json", whole))
     return next((name for name in wanted if name in names), None)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,8 +246,12 @@ def make_gradients(
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, sums_and_gradients(trained, frozen, part)), None
 
-        # A part takes every accumulation-th row, so that no row changes its device.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+        def parted(x: Array) -> Array:
+            # A part takes every accumulation-th row, so that no row changes its device.
+            x = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+            return nn.with_logical_constraint(x, (None, "batch", *[None] * (x.ndim - 2)))
+
+        parts = jax.tree.map(parted, batch)
         if accumulation == 1:
             total = sums_and_gradients(trained, frozen, batch)
         else:

@@ -1,16 +1,22 @@
-"""The describe command with a stand-in for the predictor: what it writes, prints and refuses."""
+"""The describe command: what it writes, prints and refuses, mostly with a stand-in for the predictor."""
 
 import inspect
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from osprey_jax import describe, predictor
+from osprey_jax import convert, describe, predictor
+from osprey_jax.generate import Greedy
+from osprey_jax.prompt import Tokenizer, tokenize
+from tests.parity import reference
 
 HEIGHT, WIDTH = 30, 40
 LABELS = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -30,15 +36,13 @@ class FakeOsprey:
         self.loads.append((directory, dtype))
         return self
 
-    def describe(self, *args: object, **options: object) -> list[str]:
-        bound = inspect.signature(predictor.Osprey.describe).bind(self, *args, **options)
+    def _describe(self, *args: object, **options: object) -> Iterator[str]:
+        bound = inspect.signature(predictor.Osprey._describe).bind(self, *args, **options)
         self.calls.append(bound.arguments)
         if self.failure is not None:
             raise self.failure
-        masks = bound.arguments["masks"]
-        for _ in masks:
-            bound.arguments["progress"](1)
-        return [f"a région of {mask.sum()} pixels" for mask in masks]
+        for mask in bound.arguments["masks"]:
+            yield f"a région of {mask.sum()} pixels"
 
 
 @pytest.fixture
@@ -109,17 +113,11 @@ def test_the_predictor_gets_the_image_the_masks_and_every_option(osprey: FakeOsp
     (call,) = osprey.calls
     np.testing.assert_array_equal(call["image"], np.asarray(Image.open("photo.png")))
     np.testing.assert_array_equal(call["masks"], [LABELS == 4, LABELS == 9])
-    given = {
-        name: call[name] for name in ("level", "question", "max_new_tokens", "temperature", "top_p", "seed")
-    }
-    assert given == {
-        "level": "detailed",
-        "question": None,
-        "max_new_tokens": 7,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "seed": 3,
-    }
+    assert "Can you give me a detailed description of <mask><pos>? ASSISTANT:" in call["asked"].prompt
+    assert call["asked"].keep("it: a dog. a dog. a cat") == "a dog."
+    sampler, limit, seed = call["asked"].decoding
+    assert (sampler.temperature, sampler.top_p) == (0.5, np.float32(0.9))
+    assert (limit, seed) == (7, 3)
     question = "Can you give me a detailed description of <region>?"
     assert json.loads(Path("o.jsonl").read_text().splitlines()[0])["question"] == question
 
@@ -128,12 +126,16 @@ def test_defaults_are_short_greedy_answers(osprey: FakeOsprey) -> None:
     assert run() == 0
     assert osprey.loads == [(Path("checkpoint"), None)]
     (call,) = osprey.calls
-    assert (call["level"], call["temperature"], call["max_new_tokens"]) == ("short", 0.0, None)
+    assert "Please give me a short description of <mask><pos>. Using a short phrase." in call["asked"].prompt
+    assert call["asked"].decoding == (Greedy(), 64, 0)
 
 
 def test_an_own_question_is_asked_and_recorded(osprey: FakeOsprey) -> None:
     assert run("--question", "What colour is <region>?", "--output", "o.jsonl") == 0
-    assert osprey.calls[0]["question"] == "What colour is <region>?"
+    asked = osprey.calls[0]["asked"]
+    assert "picture.\nWhat colour is <mask><pos>? ASSISTANT:" in asked.prompt
+    assert asked.keep("it: a dog. a dog. a cat") == "it: a dog. a dog. a cat"
+    assert asked.decoding.limit == 512
     assert json.loads(Path("o.jsonl").read_text().splitlines()[1])["question"] == "What colour is <region>?"
 
 
@@ -229,22 +231,40 @@ def test_wrong_files_are_one_error_line_before_the_model_is_loaded(
 
 
 @pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--question", "What is it?"], "a question must name <region> once"),
+        (["--question", "Is <region> like <region>?"], "a question must name <region> once"),
+        (["--question", "<image> What is <region>?"], "a question must not hold <image>"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--top-p", "0"], "top_p must be"),
+        (["--top-p", "1.5"], "top_p must be"),
+        (["--seed", str(2**63)], "seed must have"),
+    ],
+)
+def test_what_the_predictor_refuses_is_refused_before_it_is_loaded(
+    osprey: FakeOsprey, capsys: pytest.CaptureFixture[str], options: list[str], named: str
+) -> None:
+    assert run(*options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {named}")
+    assert osprey.loads == []
+
+
+@pytest.mark.parametrize(
     "options",
     [
-        ["--question", "What is it?"],
-        ["--question", "Is <region> like <region>?"],
-        ["--question", "<image> What is <region>?"],
         ["--question", "<region>?", "--level", "short"],
         ["--level", "long"],
-        ["--max-new-tokens", "0"],
-        ["--temperature", "-1"],
-        ["--temperature", "nan"],
-        ["--top-p", "0"],
-        ["--top-p", "1.5"],
+        ["--max-new-tokens", "2.5"],
+        ["--temperature", "warm"],
+        ["--seed", "a"],
         ["--dtype", "float16"],
     ],
 )
-def test_wrong_options_are_refused_with_status_2(
+def test_options_of_another_kind_are_refused_with_status_2(
     osprey: FakeOsprey, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -293,7 +313,7 @@ def test_an_existing_output_is_replaced_and_a_link_stays_one(osprey: FakeOsprey,
 
 
 def test_what_no_encoding_holds_is_escaped(osprey: FakeOsprey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(osprey, "describe", lambda *_, **__: ["\ud800 ends", "fine"])
+    monkeypatch.setattr(osprey, "_describe", lambda *_: ["\ud800 ends", "fine"])
     assert run("--output", "o.jsonl", "--figure", "f.png") == 0
     first = Path("o.jsonl").read_text(encoding="utf-8").splitlines()[0]
     assert json.loads(first)["text"] == "\ud800 ends"
@@ -307,3 +327,78 @@ def test_help_shows_an_example_and_the_kinds_of_masks(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     for part in ("python -m osprey_jax.describe --checkpoint", "COCO json", "label map", "<region>"):
         assert part in shown
+
+
+def runs(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed counts: lengths down the columns, of zeros first."""
+    lengths = [(value, len(list(group))) for value, group in itertools.groupby(mask.T.ravel().tolist())]
+    return [0] * lengths[0][0] + [length for _, length in lengths]
+
+
+def kept_by_the_demo(text: str) -> str:
+    """What follows the first colon, its sentences up to the first repeated one."""
+    text = text.split(":")[1] if ":" in text else text
+    sentences = [sentence for sentence in text.split(".") if sentence]
+    length = next((i for i, s in enumerate(sentences) if s in sentences[:i]), len(sentences))
+    return "".join(sentence + "." for sentence in sentences[:length]).strip()
+
+
+def test_from_a_release_and_a_photograph_to_the_references_words(folder: Path) -> None:
+    """The main job whole: release, checkpoint, polygons and both kinds of RLE, JSON lines, figure."""
+    pieces = Path(__file__).parent / "golden" / "small.model"
+    sizes = reference.ReferenceConfig(vocab_size=400, dim=64, num_kv_heads=2, image_size=96)
+    model = reference.OspreyReference(sizes)
+    with torch.no_grad():
+        # Louder region tokens, so that the words differ from mask to mask.
+        model.mask_extractor.feat_linear.weight *= 8
+        model.mask_extractor.mask_linear.layers[2].weight *= 8
+        # No special tokens and no bytes, whose runs the two tokenizers replace in different ways.
+        model.llama.lm_head.weight[:259] = 0
+    reference.write_release(model, "release", tokenizer_model=pieces)
+    settings = Path("release/config.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"image_size": 96}))
+
+    coarse = np.random.default_rng(5).integers(0, 256, (5, 6, 3), np.uint8)
+    Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC).save("scene.jpg")
+    photograph = np.asarray(Image.open("scene.jpg"))
+    masks = np.zeros((3, 120, 160), bool)
+    masks[0, 10:50, 20:60] = True
+    masks[1, 70:110, 90:150] = masks[1, 60:75, 100:110] = True
+    masks[2] = np.hypot(*(np.indices((120, 160)) - np.array([80, 30])[:, None, None])) < 20
+    compressed = coco_mask.encode(np.asfortranarray(masks[2], np.uint8))["counts"].decode()
+    segmentations = [
+        [[20, 10, 60, 10, 60, 50, 20, 50]],
+        {"size": [120, 160], "counts": runs(masks[1])},
+        {"size": [120, 160], "counts": compressed},
+    ]
+    annotations = [{"id": 40 + i, "image_id": 7, "segmentation": s} for i, s in enumerate(segmentations)]
+    coco = {"images": [{"id": 7, "file_name": "scene.jpg"}], "annotations": annotations, "categories": []}
+    Path("coco.json").write_text(json.dumps(coco))
+
+    assert convert.main(["release", "osprey"]) == 0
+    command = ["--checkpoint", "osprey", "--image", "scene.jpg", "--masks", "coco.json"]
+    options = ["--dtype", "float32", "--output", "words.jsonl", "--figure", "words.png"]
+    assert describe.main([*command, *options]) == 0
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    prompt = (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the human's questions. USER: <image>\n\nThis provides an "
+        "overview of the picture.\nPlease give me a short description of <mask><pos>. Using a short phrase. "
+        "ASSISTANT:"
+    )
+    ids = tokenize(Tokenizer.load("osprey"), prompt)
+    expected = [model.greedy(photograph, mask[None], ids, 64) for mask in masks]
+    records = [json.loads(line) for line in Path("words.jsonl").read_text().splitlines()]
+    assert [record["region"] for record in records] == [40, 41, 42]
+    for record, mask, answer in zip(records, masks, expected, strict=True):
+        np.testing.assert_array_equal(coco_mask.decode(record["segmentation"]), mask)
+        assert record["text"] == kept_by_the_demo(tokenizer.decode(answer).strip())
+    assert len({record["text"] for record in records}) == 3
+    # The photograph, 1000 pixels wide, stands in margins of 20 above the words; its right edge has no region.
+    with Image.open("words.png") as figure:
+        assert figure.width == 1040
+        assert figure.height > 790
+        edge = np.asarray(figure.crop((980, 20, 1020, 770)))
+    enlarged = Image.fromarray(photograph).resize((1000, 750), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(edge, np.asarray(enlarged)[:, 960:])

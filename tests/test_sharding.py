@@ -1,8 +1,5 @@
 """The sharding table, and that a mesh of eight devices computes what one does."""
 
-import ast
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,14 +37,10 @@ def test_every_large_parameter_of_7b_is_split_over_fsdp_and_tensor() -> None:
             assert used & {"fsdp", "tensor"} or path.endswith("norm/scale"), path
 
 
-def test_logical_axes_of_activations_are_in_the_table() -> None:
-    package = Path(sharding.__file__).parent
+def test_logical_axes_of_activations_are_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     named = set()
-    for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "with_logical_constraint":
-                assert isinstance(node.args[1], ast.Tuple)
-                named |= {element.value for element in node.args[1].elts}
+    monkeypatch.setattr(nn, "with_logical_constraint", lambda x, names: named.update(names) or x)
+    jax.eval_shape(Osprey(tiny()).apply, {"params": nn.unbox(boxed_params(tiny()))}, *inputs(1))
     assert len(named - {None}) >= 5
     assert named - {None} <= sharding.RULES.keys()
 
@@ -118,7 +111,7 @@ def test_each_stage_of_the_tower_shows_in_the_logits_that_are_compared(
     params, arguments, expected = reference
     changed = jax.tree.map(lambda x: x, params)
     changed["vision"][f"stages_{stage}"]["blocks"]["gamma"] *= 1.01
-    assert relative_difference(forward(changed, *arguments), expected) > 3 * TOLERANCE
+    assert relative_difference(forward(changed, *arguments), expected) > 50 * TOLERANCE
 
 
 def box(value: jax.ShapeDtypeStruct, *names: str) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from orbax.checkpoint import v1 as ocp
 
 from osprey_jax import checkpoint, convert, convert_rules
 from tests.parity import reference
@@ -85,10 +86,8 @@ def used(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def leaves(directory: Path) -> dict[str, np.ndarray]:
-    shapes = checkpoint.saved_shapes(directory)
-    return {
-        k: np.asarray(v) for k, v in checkpoint.flatten(checkpoint.load_params(directory, shapes)).items()
-    }
+    """All parameters of a checkpoint as Orbax itself gives them, which is faster than leaf by leaf."""
+    return {k: np.asarray(v) for k, v in checkpoint.flatten(ocp.load(directory / "params")).items()}
 
 
 def assert_fails(source: Path | str, destination: Path, message: str, **options: object) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,28 +84,57 @@ def test_wrong_tensors_are_named(tmp_path: Path, release: Path, fault: str) -> N
     assert_fails(release, tmp_path / "out", message)
 
 
-FIELD_FAULTS = {
-    "hidden_size": (64, "config.json says hidden_size 64, the tensors .* say 32"),
-    "num_hidden_layers": (3, "config.json says num_hidden_layers 3, the tensors .* say 2"),
-    "intermediate_size": (65, "config.json says intermediate_size 65, the tensors .* say 64"),
-    "vocab_size": (66, "config.json says vocab_size 66, the tensors .* say 64"),
-    "num_attention_heads": (None, "config.json has no num_attention_heads"),
-    "num_key_value_heads": ("two", "num_key_value_heads must be an integer, got 'two'"),
-    "rope_scaling": ({"type": "linear", "factor": 2.0}, "rope_scaling is .*linear.*not supported"),
-    "rope_parameters": ({"rope_type": "yarn"}, "rope_scaling is .*yarn.*not supported"),
-    "tie_word_embeddings": (True, r"tie_word_embeddings is true, so there is no lm_head\.weight"),
-    "mm_projector_type": ("linear", "mm_projector_type is 'linear', only 'mlp2x_gelu'"),
-    "hidden_act": ("gelu", "hidden_act is 'gelu', only 'silu'"),
-}
+FIELD_FAULTS = [
+    ("hidden_size", 64, "config.json says hidden_size 64, the tensors .* say 32"),
+    ("num_hidden_layers", 3, "config.json says num_hidden_layers 3, the tensors .* say 2"),
+    ("intermediate_size", 65, "config.json says intermediate_size 65, the tensors .* say 64"),
+    ("vocab_size", 66, "config.json says vocab_size 66, the tensors .* say 64"),
+    ("num_attention_heads", None, "config.json has no num_attention_heads"),
+    ("num_attention_heads", 0, "num_attention_heads must be a positive integer, got 0"),
+    ("num_key_value_heads", "two", "num_key_value_heads must be a positive integer, got 'two'"),
+    ("num_key_value_heads", 0, "num_key_value_heads must be a positive integer, got 0"),
+    ("num_key_value_heads", -2, "num_key_value_heads must be a positive integer, got -2"),
+    ("head_dim", True, "head_dim must be a positive integer, got True"),
+    ("rms_norm_eps", "abc", "rms_norm_eps must be a positive number, got 'abc'"),
+    ("rms_norm_eps", False, "rms_norm_eps must be a positive number, got False"),
+    ("rope_theta", [1e4], r"rope_theta must be a positive number, got \[10000\.0\]"),
+    ("rope_theta", float("inf"), "rope_theta must be a positive number, got inf"),
+    ("rope_scaling", "linear", "rope_scaling must be a mapping, got 'linear'"),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling is .*linear.*not supported"),
+    ("rope_scaling", {"factor": 2.0}, "rope_scaling is .*factor.*not supported"),
+    ("rope_parameters", {"rope_type": "yarn"}, "rope_parameters is .*yarn.*not supported"),
+    ("tie_word_embeddings", True, r"tie_word_embeddings is true, so there is no lm_head\.weight"),
+    ("mm_projector_type", "linear", "mm_projector_type is 'linear', only 'mlp2x_gelu'"),
+    ("mm_use_im_start_end", True, "mm_use_im_start_end is true; prompts .* not supported"),
+    ("mm_use_im_patch_token", True, "mm_use_im_patch_token is true; prompts .* not supported"),
+    ("hidden_act", "gelu", "hidden_act is 'gelu', only 'silu'"),
+]
 
 
-@pytest.mark.parametrize("key", FIELD_FAULTS)
+@pytest.mark.parametrize(("key", "value", "message"), FIELD_FAULTS)
 def test_config_json_that_contradicts_or_asks_for_more_is_an_error(
-    tmp_path: Path, release: Path, key: str
+    tmp_path: Path, release: Path, key: str, value: object, message: str
 ) -> None:
-    value, message = FIELD_FAULTS[key]
     edit_fields(release, **{key: value})
     assert_fails(release, tmp_path / "out", message)
+
+
+def test_null_in_config_json_is_the_default(tmp_path: Path, release: Path) -> None:
+    edit_fields(release, rope_theta=None, rms_norm_eps=None, rope_scaling=None, num_key_value_heads=None)
+    tensors = reference.read_shards(release)
+    for layer in range(2):  # without num_key_value_heads there are as many as query heads
+        for name in ("k_proj", "v_proj"):
+            tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = torch.ones(32, 32)
+    edit_tensors(release, lambda _: tensors)
+    convert.convert(release, tmp_path / "out")
+    decoder = checkpoint.load_config(tmp_path / "out").decoder
+    assert (decoder.rope_theta, decoder.norm_eps, decoder.num_kv_heads) == (10000.0, 1e-5, 4)
+
+
+def test_base_of_transformers_5_is_read(tmp_path: Path, release: Path) -> None:
+    edit_fields(release, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 7e5})
+    convert.convert(release, tmp_path / "out")
+    assert checkpoint.load_config(tmp_path / "out").decoder.rope_theta == 7e5
 
 
 def test_tokenizer_of_another_vocabulary_is_an_error(
@@ -247,3 +277,14 @@ def test_config_that_fits_no_leaf_shapes_is_refused_on_the_way_back(tmp_path: Pa
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(wrong.to_dict()))
     with pytest.raises(ValueError, match=r"not those of its config\.json"):
         convert.to_torch(tmp_path / "checkpoint", tmp_path / "out")
+
+
+def test_without_torch_the_extra_to_install_is_named(
+    tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert convert.main([str(release), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: import of torch halted")
+    assert error.endswith("PyTorch's files need pip install 'osprey-jax[convert]'\n")
+    assert not (tmp_path / "out").exists()

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
-from osprey_jax import checkpoint, convert, convert_rules, torch_files
+from osprey_jax import checkpoint, convert, convert_rules, prompt, torch_files
 from osprey_jax.config import osprey_7b
 from osprey_jax.models.osprey import abstract_params
 from tests.convert.releases import (
@@ -25,6 +27,8 @@ from tests.convert.releases import (
 )
 from tests.parity import reference
 
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
 
 @pytest.mark.parametrize("safetensors", [False, True])
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -34,6 +38,7 @@ def test_there_and_back_is_bit_identical(
     release = write_release(model, tmp_path / "a", safetensors=safetensors, num_shards=num_shards)
     convert.convert(release, tmp_path / "b")
     before, fields = used(reference.read_shards(release)), json.loads((release / "config.json").read_text())
+    beside = {name: json.loads((release / name).read_text()) for name in TOKENIZER_FILES}
     shutil.rmtree(release)
     convert.to_torch(tmp_path / "b", tmp_path / "c", shard_bytes=100_000)
     after = reference.read_shards(tmp_path / "c")
@@ -45,8 +50,25 @@ def test_there_and_back_is_bit_identical(
     assert (tmp_path / "c" / "tokenizer.model").read_bytes() == b"pieces"
     written = json.loads((tmp_path / "c" / "config.json").read_text())
     assert {k: v for k, v in written.items() if k in fields and fields[k] != v} == {"torch_dtype": "bfloat16"}
+    assert {name: json.loads((tmp_path / "c" / name).read_text()) for name in TOKENIZER_FILES} == beside
     convert.convert(tmp_path / "c", tmp_path / "d")
     assert checkpoint.load_config(tmp_path / "d") == checkpoint.load_config(tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")  # null, as in the release
+def test_transformers_opens_an_exported_tokenizer_json(
+    tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert.convert(release, tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.model").unlink()
+    words = tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "dog": 3}, unk_token="<unk>")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "a" / "tokenizer.json"))
+    monkeypatch.setattr(convert, "Tokenizer", prompt.Tokenizer)
+    convert.to_torch(tmp_path / "a", tmp_path / "b")
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert opened("dog").input_ids == [3]
+    assert (opened.bos_token_id, opened.eos_token_id, opened.unk_token_id) == (1, 2, 0)
+    assert (opened.model_max_length, opened.padding_side) == (2048, "right")
 
 
 def test_config_has_sizes_of_tensors_and_hyperparameters_of_config_json(
@@ -184,24 +206,55 @@ def test_stage_2_starts_from_plain_decoder_tower_and_projector(
     assert not np.array_equal(one["extractor/res2/bias"], one["extractor/res3/bias"])
 
 
-def test_hub_id_is_fetched(tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_hub_id_only_what_is_read_is_fetched(
+    tmp_path: Path, model: reference.OspreyReference, release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
-    asked = []
+    hub = tmp_path / "hub"
+    shutil.copytree(release, hub)
+    for other in ("training_args.bin", "model.safetensors.sig", "README.md", "tokenizer_checker.py"):
+        (hub / other).write_bytes(b"unwanted")
+
+    def list_files(name: str) -> list[str]:
+        assert name == "someone/Osprey-7b"
+        return [path.name for path in hub.iterdir()]
 
     def fetch(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        return str(release)
+        """Puts what the patterns allow, by the Hub's own rules, into an empty directory."""
+        assert name == "someone/Osprey-7b"
+        fetched = tmp_path / "fetched"
+        shutil.rmtree(fetched, ignore_errors=True)
+        fetched.mkdir()
+        names = [path.name for path in hub.iterdir()]
+        for file in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(hub / file, fetched)
+        return str(fetched)
 
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     convert.convert("someone/Osprey-7b", tmp_path / "out")
-    assert asked[0][0] == "someone/Osprey-7b"
     assert checkpoint.load_config(tmp_path / "out").decoder.dim == 32
+    pickles = {"pytorch_model.bin.index.json", *(f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2))}
+    always = {"config.json", "tokenizer.model"}
+    assert {path.name for path in (tmp_path / "fetched").iterdir()} == always | pickles
 
-    def refuse(name: str, *, allow_patterns: list[str]) -> str:
+    write_release(model, tmp_path / "other_kind", safetensors=True, num_shards=3)
+    for path in (tmp_path / "other_kind").glob("model*"):
+        shutil.copy(path, hub)
+    convert.convert("someone/Osprey-7b", tmp_path / "again")
+    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    fetched = {path.name for path in (tmp_path / "fetched").iterdir()}
+    assert fetched == always | shards | {"model.safetensors.index.json"}
+
+
+def test_what_the_hub_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(name: str) -> list[str]:
         raise OSError("offline\nand a long story")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
     assert_fails("someone/Osprey-7b", tmp_path / "other", "no directory someone/Osprey-7b.*offline$")
     assert_fails("nowhere", tmp_path / "other", "no directory nowhere")
 

@@ -232,8 +232,7 @@ class OspreyReference(nn.Module):
             if token == eos_id:
                 break
             answer.append(token)
-            cache = output.past_key_values
-            output = self.llama(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            output = self.llama(input_ids=torch.tensor([[token]]), cache=output.cache, use_cache=True)
         return answer
 
     def release_parameters(self) -> dict[str, nn.Parameter]:

@@ -12,12 +12,12 @@ import numpy as np
 from osprey_jax import checkpoint
 
 ROOT = Path(__file__).parents[2]
-STEPS = 100
+STEPS = 50
 SMALL = {
     "steps": STEPS,
     "batch_size": 8,
-    "checkpoint_every": 10,
-    "eval_every": 50,
+    "checkpoint_every": 5,
+    "eval_every": 25,
     "eval_batches": 2,
     "data.buckets": ((200, 8),),
     "model.vision.image_size": 64,

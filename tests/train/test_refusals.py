@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "nothing for a number": ({"learning_rate": ""}, "flag --config.learning_rate=: could not convert"),
     "empty batch": ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
     "half a float": ({"dtype": "float16"}, "config.dtype must be 'float32' or 'bfloat16', got 'float16'"),
-    "steps and epochs": ({"epochs": 1.0}, "config.steps or epochs (1.0) must be 0, got 100"),
+    "steps and epochs": ({"epochs": 1.0}, "config.steps or epochs (1.0) must be 0, got 50"),
     "odd batch": ({"accumulation": 3}, "config.batch_size 8 doesn't divide by 3: 1 shards on the devices"),
     "batch over devices": ({"batch_size": 12, "mesh__data": 8}, "config.batch_size 12 doesn't divide by 8"),
     "too many devices": (

@@ -33,9 +33,9 @@ def disturbed(
     workdir = tmp_path_factory.mktemp("disturbed") / "run"
     checkpoints, said = workdir / "checkpoints", {}
 
-    kill_at = np.random.default_rng().integers(12, 30)
+    kill_at = np.random.default_rng().integers(6, 18)
     kill_when(start(command(workdir)), lambda: steps(workdir) >= kill_at)
-    kill_when(start(command(workdir)), lambda: newest(workdir) >= 30 and is_saving(workdir))
+    kill_when(start(command(workdir)), lambda: newest(workdir) >= 15 and is_saving(workdir))
 
     before = newest(workdir)
     process = start(command(workdir))
@@ -92,7 +92,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_set_aside(disturbed: tuple) -> 
 def test_the_newest_checkpoints_stay_and_nothing_incomplete_does(finished: tuple, disturbed: tuple) -> None:
     for workdir in (finished[0], disturbed[0]):
         names = {path.name for path in (workdir / "checkpoints").iterdir() if "damaged" not in path.name}
-        assert names == {"80", "90", "100"}
+        assert names == {"40", "45", "50"}
 
 
 @pytest.mark.slow
