@@ -22,43 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from osprey_jax.config import OspreyConfig, from_config
+from osprey_jax.directories import as_path, new_directory, remove, synchronise
 from osprey_jax.prompt import Tokenizer
 from osprey_jax.typing import Params
 
 CHUNK_BYTES = 128 << 20
-"""Upper bound of a stored chunk; a layer of a 7B decoder fits, so a chunk is a slice of the first axis."""
-
-
-@contextlib.contextmanager
-def new_directory(directory: Path | str) -> Iterator[Path]:
-    """Gives an empty directory that becomes `directory` when the block ends, and vanishes when it raises.
-
-    Raises ValueError where `directory` exists. On several hosts every process enters the block together, and
-    the directory has to be on a file system that they share.
-    """
-    directory = as_path(directory)
-    if directory.exists():
-        raise ValueError(f"{directory} exists already")
-    partial = directory.with_name(f".{directory.name}.incomplete")
-    _synchronise(f"before {directory}")
-    if jax.process_index() == 0:
-        _remove(partial)
-        partial.mkdir(parents=True)
-    _synchronise(f"made {directory}")
-    try:
-        yield partial
-        _synchronise(f"written {directory}")
-        if jax.process_index() == 0:
-            partial.rename(directory)
-        _synchronise(f"renamed {directory}")
-    except BaseException:
-        with contextlib.suppress(OSError):
-            _remove(partial)
-        raise
+"""Upper bound of a stored chunk; each matrix of a layer of a 7B decoder fits."""
+_STACKS = ("layers", "blocks")
+"""Names in the paths of leaves whose first axis is that of scanned layers."""
 
 
 def save_params(directory: Path | str, params: Params, config: OspreyConfig, tokenizer: Tokenizer) -> None:
@@ -116,26 +90,25 @@ def saved_shapes(directory: Path | str) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct` that a checkpoint holds, from its metadata alone."""
     load_config(directory)
     with _damage_named(directory):
-        _check_index(directory)
+        _check_index(as_path(directory) / "params")
         metadata = ocp.metadata(as_path(directory) / "params").metadata
         if metadata is None:
             raise ValueError("params/state/_METADATA doesn't tell its arrays")
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)), metadata)
 
 
-def _check_index(directory: Path | str) -> None:
+def _check_index(tree: Path) -> None:
     """Raises ValueError or OSError where the files that say which arrays there are can't be read.
 
     Orbax would log some of it and go on, and print a traceback for every array that it opens.
     """
-    params = as_path(directory) / "params"
-    arrays = params / "state"
+    arrays = tree / "state"
     optional = [*arrays.glob("_sharding"), *arrays.glob("array_metadatas/*")]
-    for path in [params / "_CHECKPOINT_METADATA", arrays / "_METADATA", *optional]:
+    for path in [tree / "_CHECKPOINT_METADATA", arrays / "_METADATA", *optional]:
         try:
             json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"params/{path.relative_to(params)}: {error}") from None
+            raise ValueError(f"{path.relative_to(tree.parent)}: {error}") from None
     url = str(arrays) if "://" in str(arrays) else arrays.as_uri()
     tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{url}/"}).result().list().result()
 
@@ -233,9 +206,9 @@ class TrainingCheckpoints:
         self.wait()
         partial = self.directory / f".{step}.incomplete"
         if jax.process_index() == 0:
-            _remove(partial)
+            remove(partial)
             (partial / "loader").mkdir(parents=True)
-        _synchronise(f"made {partial}")
+        synchronise(f"made {partial}")
         (partial / "loader" / str(jax.process_index())).write_bytes(loader_state)
         sums = _checksums(arrays)
         with _saving():
@@ -252,10 +225,10 @@ class TrainingCheckpoints:
                     partial.rename(self.directory / str(step))
                     for old in self.steps()[: -self._keep]:
                         hidden = (self.directory / str(old)).rename(self.directory / f".{old}.incomplete")
-                        _remove(hidden)
+                        remove(hidden)
             except Exception as error:
                 with contextlib.suppress(OSError):
-                    _remove(partial)
+                    remove(partial)
                 raise OSError(f"cannot write {self.directory / str(step)}: {first_line(error)}") from error
 
         self._pending = self._thread.submit(commit)
@@ -283,6 +256,8 @@ class TrainingCheckpoints:
                 if zlib.crc32((directory / name).read_bytes()) != crc:
                     raise ValueError(f"{name} has changed since it was written")
             loader_state = (directory / "loader" / str(jax.process_index())).read_bytes()
+            for name in targets:
+                _check_index(directory / name)
             arrays = {name: ocp.load(directory / name, _placed(tree)) for name, tree in targets.items()}
             found, expected = _flat_checksums(_checksums(arrays)), manifest["arrays"]
             if changed := sorted(path for path in expected if found.get(path) != expected[path]):
@@ -307,10 +282,10 @@ class TrainingCheckpoints:
             for damaged, fault in faults.items():
                 if jax.process_index() == 0:
                     aside = self.directory / f"{damaged}.damaged"
-                    _remove(aside)
+                    remove(aside)
                     (self.directory / str(damaged)).rename(aside)
                 report(f"warning: {fault}; it is now called {damaged}.damaged, going on from step {step}")
-            _synchronise(f"restored {step}")
+            synchronise(f"restored {step}")
             return restored
         if faults:
             raise ValueError(
@@ -324,7 +299,7 @@ class TrainingCheckpoints:
         if jax.process_index() == 0 and self.directory.is_dir():
             for path in self.directory.iterdir():
                 if path.name.startswith(".") and path.name.endswith(".incomplete"):
-                    _remove(path)
+                    remove(path)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -345,11 +320,6 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
-
-
-def as_path(path: os.PathLike | str) -> Path:
-    """An absolute path, or what acts as one for a bucket's address such as `gs://bucket/run`."""
-    return cast(Path, epath.Path(path)) if "://" in str(path) else Path(path).absolute()
 
 
 @dataclasses.dataclass
@@ -402,11 +372,22 @@ def _placed(tree: Params) -> Params:
 
 
 def _saving() -> ocp.Context:
-    """How arrays are written: weights hardly compress; chunks are slices along the first axis."""
+    """How arrays are written: weights hardly compress; large stacks of layers are cut into layers.
+
+    A slice of the first axis is written from where it lies, where other cuts would be copied first.
+    """
     context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.array.saving.storage_options.shard_axes = (0,)
+    saving = context.array.saving
+    saving.use_compression = False
+    saving.storage_options.chunk_byte_size = CHUNK_BYTES
+
+    def by_layer(path: tuple[Any, ...], leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+        stacked = any(getattr(key, "key", None) in _STACKS for key in path)
+        if not stacked or leaf.size * leaf.dtype.itemsize <= CHUNK_BYTES:
+            return None
+        return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
+
+    saving.scoped_storage_options_creator = by_layer
     return context
 
 
@@ -434,12 +415,3 @@ def first_line(error: BaseException) -> str:
     """What an exception says, without what TensorStore and others append to it."""
     lines = str(error).partition(" [tensorstore_spec=")[0].splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _remove(path: Path) -> None:
-    epath.Path(path).rmtree(missing_ok=True)
-
-
-def _synchronise(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

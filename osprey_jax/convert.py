@@ -24,6 +24,7 @@ from tqdm import tqdm
 from osprey_jax import checkpoint, convert_rules, torch_files
 from osprey_jax.config import ExtractorConfig
 from osprey_jax.convert_rules import PROJECTOR, TOWER, Slot
+from osprey_jax.directories import new_directory
 from osprey_jax.models.osprey import abstract_params
 from osprey_jax.prompt import Tokenizer
 from osprey_jax.torch_files import DTYPES, Entry, Shape
@@ -99,7 +100,7 @@ def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = 
         config, torch_dtype=torch_dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
     )
     with (
-        checkpoint.new_directory(destination) as partial,
+        new_directory(destination) as partial,
         tqdm(total=total, unit="B", unit_scale=True, desc="writing") as progress,
     ):
         tensors = _torch_arrays(source, {path: struct.shape for path, struct in structs.items()}, progress)

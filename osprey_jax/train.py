@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,12 +245,8 @@ def make_gradients(
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, sums_and_gradients(trained, frozen, part)), None
 
-        def parted(x: Array) -> Array:
-            # A part takes every accumulation-th row, so that no row changes its device.
-            x = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
-            return nn.with_logical_constraint(x, (None, "batch", *[None] * (x.ndim - 2)))
-
-        parts = jax.tree.map(parted, batch)
+        # A part takes every accumulation-th row, so that no row changes its device.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         if accumulation == 1:
             total = sums_and_gradients(trained, frozen, batch)
         else:
@@ -300,7 +295,7 @@ def make_loss_sums(model: Osprey) -> Callable[[Params, Params, Batch], tuple[Arr
 
 def record(metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str]) -> None:
     """Waits for a step's numbers and writes them; raises NotFinite where training can't go on from them."""
-    values = {name: float(value) for name, value in jax.device_get(dict(numbers)).items()}
+    values = {name: value.item() for name, value in jax.device_get(dict(numbers)).items()}
     if broken := [
         f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])
     ]:

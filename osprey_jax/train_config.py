@@ -14,7 +14,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from osprey_jax.checkpoint import as_path, flatten
+from osprey_jax.checkpoint import flatten
+from osprey_jax.directories import as_path
 
 OF_THE_MACHINE = (
     "mesh.",
@@ -61,6 +62,8 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
         rest = values(argv)[1:]
         config = values["config"].value
         keys = config.keys() if config is not None else ()
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(f"{_one_line(error)}; {USAGE}") from error
     except flags.Error as error:
         raise ValueError(_one_line(error)) from error
     except OSError as error:
@@ -86,6 +89,8 @@ def check(config: ConfigDict) -> None:
     _require(
         (config.steps > 0) != (config.epochs > 0), config, "steps", f"or epochs ({config.epochs}) must be 0"
     )
+    if config.eval_every:
+        _require(config.eval_batches >= 1, config, "eval_batches", "must be at least 1 or eval_every 0")
     for key in ("b1", "b2"):
         _require(0 < config[key] < 1, config, key, "must lie between 0 and 1")
     for key in ("dtype", "frozen_dtype"):

@@ -13,7 +13,18 @@ PIPELINES = "data_pipelines"
 
 LAYERS = (
     ("typing",),
-    ("config", "prompt", "image", "masks", "region_files", "figure", "sharding", "batch", "ops"),
+    (
+        "config",
+        "prompt",
+        "image",
+        "masks",
+        "region_files",
+        "figure",
+        "sharding",
+        "batch",
+        "directories",
+        "ops",
+    ),
     ("models", "sam"),
     ("loss", "optim", "metrics", "checkpoint", "convert", "convert_rules", "torch_files", "generate"),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor

@@ -18,6 +18,13 @@ def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     process.communicate()
 
 
+def finish(process: subprocess.Popen) -> str:
+    """What the process writes to stderr until its end, which must be a good one."""
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
+
+
 def is_saving(workdir: Path) -> bool:
     return any((workdir / "checkpoints").glob(".*.incomplete"))
 
@@ -48,9 +55,7 @@ def disturbed(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    process = start(command(workdir))
-    _, said["fallen back"] = process.communicate(timeout=300)
-    assert process.returncode == 0, said["fallen back"]
+    said["fallen back"] = finish(start(command(workdir)))
     return workdir, said
 
 
@@ -99,7 +104,7 @@ def test_the_newest_checkpoints_stay_and_nothing_incomplete_does(finished: tuple
 def test_ten_kills_at_random_moments_change_no_loss(command: Command, start: Start, tmp_path: Path) -> None:
     """With programs compiled as usual, in steps, saves, restores and whatever else there is."""
     workdir, rng = tmp_path / "killed", np.random.default_rng()
-    assert start(command(tmp_path / "whole"), flags="").wait() == 0
+    finish(start(command(tmp_path / "whole"), flags=""))
     for number in range(10):
         process, before = start(command(workdir), flags=""), steps(workdir)
         # After the first rows of this start, or long before there are any.
@@ -108,5 +113,5 @@ def test_ten_kills_at_random_moments_change_no_loss(command: Command, start: Sta
         time.sleep(rng.uniform(0.0, 1.0 if number % 3 else 8.0))
         process.kill()
         process.communicate()
-    assert start(command(workdir), flags="").wait() == 0
+    finish(start(command(workdir), flags=""))
     assert learned(workdir) == learned(tmp_path / "whole")
