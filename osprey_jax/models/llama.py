@@ -47,14 +47,14 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: jnp.dtyp
 KeysValues = tuple[Array, Array]
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """What all layers are told of the tokens that they are given."""
 
     positions: Int[Array, "B T"]
     mask: Bool[Array, "B T S"]
-    end: Int[Array, ""] | None
+    end: Int[Array, ""] | None = None
     """The cache's slot of the first token."""
-    prefix_mask: Bool[Array, "B T S"] | None
+    prefix_mask: Bool[Array, "B T S"] | None = None
 
 
 class SelfAttention(nn.Module):
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: _Place
+        self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: Place
     ) -> tuple[Array, KeysValues | None]:
         c = self.config
         dim, heads, kv_heads = (c.dim,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
@@ -121,7 +121,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: _Place
+        self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: Place
     ) -> tuple[Array, KeysValues | None]:
         eps = self.config.norm_eps
         attended, kv = SelfAttention(self.config, self.dtype, name="self_attn")(
@@ -207,7 +207,7 @@ class Llama(nn.Module):
                 key_positions=jnp.repeat(prefix.positions, rows, axis=0),
                 key_segments=jnp.repeat(prefix.segment_ids, rows, axis=0),
             )
-        place = _Place(
+        place = Place(
             positions=positions,
             mask=see(key_positions=key_positions, key_segments=key_segments),
             end=None if cache is None else cache.end,

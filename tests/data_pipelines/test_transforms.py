@@ -95,7 +95,7 @@ def test_an_encoded_file_gives_what_its_pixels_give(encoded: Encode) -> None:
     Image.fromarray(pixels).save(file, "PNG")
     expected = encoded(record(FIRST, regions=1, image=pixels)).image
     np.testing.assert_array_equal(encoded(record(FIRST, regions=1, image=file.getvalue())).image, expected)
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(ValueError, match="truncated"):
         encoded(record(FIRST, regions=1, image=file.getvalue()[:-60]))
 
 

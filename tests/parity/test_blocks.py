@@ -14,7 +14,7 @@ import torch
 
 from osprey_jax.image import preprocess
 from osprey_jax.masks import MaskPyramid
-from osprey_jax.models.llama import DecoderLayer
+from osprey_jax.models.llama import DecoderLayer, Place
 from osprey_jax.models.osprey import Osprey, VisualTokens
 from osprey_jax.ops.attention import visibility
 from osprey_jax.ops.masked_pooling import mask_pyramid, masked_pooling
@@ -48,7 +48,7 @@ def our_steps(pair: Pair) -> Callable[[Params, Array, MaskPyramid, Array], dict[
         for index in range(decoder.num_layers):
             layer = jax.tree.map(lambda leaf, i=index: leaf[i], params["decoder"]["layers"])
             block = DecoderLayer(decoder, jnp.dtype("float32"))
-            x, _ = block.apply({"params": layer}, x, None, None, positions, mask)
+            x, _ = block.apply({"params": layer}, x, None, None, Place(positions, mask))
             found[f"layer {index}"] = x
         # Not from the layers above but through the scan.
         hidden, _ = model.apply(

@@ -169,7 +169,8 @@ def test_decoder_layer(pair: Pair) -> None:
             query_positions=positions, key_positions=positions, query_segments=ones, key_segments=ones
         )
         layer = jax.tree.map(lambda leaf: leaf[1], params["decoder"]["layers"])
-        return llama.DecoderLayer(config, FLOAT32).apply({"params": layer}, x, None, None, positions, mask)[0]
+        place = llama.Place(positions, mask)
+        return llama.DecoderLayer(config, FLOAT32).apply({"params": layer}, x, None, None, place)[0]
 
     def theirs(reference: OspreyReference, x: torch.Tensor) -> torch.Tensor:
         decoder = reference.llama.model

@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
     ),
     "a model that can't be": (
         {"model__vision__image_size": 100},
-        "image_size must be a positive multiple of 32",
+        "image_size must be a multiple of 32",
     ),
 }
 
