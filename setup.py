@@ -23,6 +23,7 @@ REQUIRES = [
     "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
+    "tensorstore>=0.1.70",
     "tokenizers>=0.21",
     "tqdm>=4.66",
 ]

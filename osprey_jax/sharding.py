@@ -25,6 +25,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "activation_heads": "tensor",
     "activation_kv_heads": "tensor",
     "activation_ffn": "tensor",
+    "activation_extractor": "tensor",
     "activation_vocab": "tensor",
     # Parameters. Each matrix is split once over fsdp and once over tensor.
     "layers": None,

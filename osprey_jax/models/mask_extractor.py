@@ -44,5 +44,8 @@ class MaskExtractor(nn.Module):
         x = jnp.asarray(masks.position, jnp.float32)
         x = x.reshape(*x.shape[:2], self.config.position_size**2)
         x = jax.nn.relu(Linear((x.shape[-1],), (dim,), ("pixels", "extractor"), name="mask_linear_0")(x))
+        # Without the constraints jaxlib 0.10.2 partitions these products wrongly on a mesh of 2 × 2 × 2.
+        x = nn.with_logical_constraint(x, ("batch", None, "activation_extractor"))
         x = jax.nn.relu(Linear((dim,), (dim,), ("extractor", "extractor_out"), name="mask_linear_1")(x))
+        x = nn.with_logical_constraint(x, ("batch", None, "activation_embed"))
         return mask_tokens, Linear((dim,), (out,), ("extractor", "embed"), name="mask_linear_2")(x)

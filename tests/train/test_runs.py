@@ -1,5 +1,7 @@
 """What a run learns, writes and leaves behind, on one device and on eight."""
 
+import contextlib
+import io
 import re
 import struct
 from pathlib import Path
@@ -101,25 +103,16 @@ def test_the_trained_model_has_the_same_logits_in_torch(finished: tuple, tmp_pat
     assert bridge.largest_difference(found, expected) <= bridge.FORWARD
 
 
-@pytest.mark.parametrize(
-    ("mesh", "accumulation"),
-    [({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 0, "fsdp": 1, "tensor": 1}, 1)],
-)
 def test_losses_on_eight_devices_equal_those_on_one(
-    finished: tuple,
-    command: Command,
-    start: Start,
-    tmp_path: Path,
-    mesh: dict[str, int],
-    accumulation: int,
+    finished: tuple, command: Command, start: Start, tmp_path: Path
 ) -> None:
-    sizes = {f"mesh__{axis}": size for axis, size in mesh.items()}
     workdir = tmp_path / "run"
-    process = start(command(workdir, accumulation=accumulation, **sizes), devices=8)
+    sizes = {"mesh__data": 0, "mesh__fsdp": 2, "mesh__tensor": 2, "accumulation": 2}
+    process = start(command(workdir, **sizes), devices=8)
     wait_until(lambda: steps(workdir) >= 5, process)
     process.kill()
     _, err = process.communicate()
-    assert f"cpu devices {mesh | {'data': mesh['data'] or 8}}" in err
+    assert "cpu devices {'data': 2, 'fsdp': 2, 'tensor': 2}" in err
     for row, other in zip(learned(workdir)[:5], learned(finished[0])[:5], strict=True):
         # Sums of another order differ by a few 1e-7 in a step, and each step builds on the ones before.
         assert row == pytest.approx(other, rel=2e-5)
@@ -139,26 +132,12 @@ def test_the_state_is_created_where_it_belongs(command: Command, tmp_path: Path)
     assert kernel.addressable_shards[0].data.shape == (2, 16, 16)
 
 
-def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(command: Command, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
-    arguments = command(workdir, **FEW, steps=3, checkpoint_every=1)
-    assert train.main(arguments) == 0
-    config, _ = train_config.parse(arguments)
-    create, _ = train.make_state(config, from_config(config.model.to_dict()), train.make_mesh(config))
-    first = {k: np.asarray(v) for k, v in checkpoint.flatten(create(jax.random.key(0)).params).items()}
-    last = leaves(workdir / "checkpoints" / "3" / "params")
-    projector = {f"projector/{name}/{kind}" for name in ("fc1", "fc2") for kind in ("kernel", "bias")}
-    assert {path for path in first if not np.array_equal(first[path], last[path])} == projector
-    assert {path for path, leaf in last.items() if leaf.dtype == np.float32} == projector
-    moments = leaves(workdir / "checkpoints" / "3" / "optimizer")
-    assert moments.keys() == {f"{moment}/{path}" for moment in ("mu", "nu") for path in projector}
-
-
 class Poisoned:
     """A loader whose third batch has images that are none."""
 
     def __init__(self, loader: object):
         self._loader, self._place = loader, 0
+        self.sample_ids: list[str] = []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
@@ -172,22 +151,44 @@ class Poisoned:
         return batch, sample_ids
 
 
-def test_a_loss_that_is_no_number_stops_with_the_samples_and_is_not_saved(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    loaders, original = [], train.make_data
+@pytest.fixture(scope="module")
+def poisoned(
+    command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Poisoned, int, str]:
+    """A run of which little is trained, stopped by its third step: arguments, loader, exit status, stderr."""
+    arguments = command(tmp_path_factory.mktemp("poisoned") / "run", **FEW, steps=9, checkpoint_every=1)
+    loaders, make_data = [], train.make_data
 
-    def poisoned(*args: object) -> train.Data:
-        data = original(*args)
+    def make_poisoned(*args: object) -> train.Data:
+        data = make_data(*args)
         loaders.append(Poisoned(data.training))
         return data._replace(training=loaders[0])
 
-    monkeypatch.setattr(train, "make_data", poisoned)
-    workdir = tmp_path / "run"
-    assert train.main(command(workdir, **FEW, steps=3, checkpoint_every=1)) == 1
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+        patch.setattr(train, "make_data", make_poisoned)
+        status = train.main(arguments)
+    return arguments, loaders[0], status, err.getvalue()
+
+
+def test_a_loss_that_is_no_number_stops_with_the_samples_and_is_not_saved(poisoned: tuple) -> None:
+    arguments, loader, status, err = poisoned
+    assert status == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: step 3: loss is nan and grad_norm is nan; samples of the batch: ")
-    assert error.endswith(", ".join(loaders[0].sample_ids))
-    assert len(loaders[0].sample_ids) == SMALL["batch_size"]
+    assert error.endswith(", ".join(loader.sample_ids))
+    assert len(loader.sample_ids) == SMALL["batch_size"]
+    _, workdir = train_config.parse(arguments)
     assert newest(workdir) == 2
     assert [row["step"] for row in rows(workdir)] == [1, 2]
+
+
+def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(poisoned: tuple) -> None:
+    config, workdir = train_config.parse(poisoned[0])
+    create, _ = train.make_state(config, from_config(config.model.to_dict()), train.make_mesh(config))
+    first = {k: np.asarray(v) for k, v in checkpoint.flatten(create(jax.random.key(0)).params).items()}
+    last = leaves(workdir / "checkpoints" / "2" / "params")
+    projector = {f"projector/{name}/{kind}" for name in ("fc1", "fc2") for kind in ("kernel", "bias")}
+    assert {path for path in first if not np.array_equal(first[path], last[path])} == projector
+    assert {path for path, leaf in last.items() if leaf.dtype == np.float32} == projector
+    moments = leaves(workdir / "checkpoints" / "2" / "optimizer")
+    assert moments.keys() == {f"{moment}/{path}" for moment in ("mu", "nu") for path in projector}
