@@ -35,8 +35,8 @@ def halve(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated data": (lambda p: halve(data(p)), r"\w+(/\w+)*/kernel: .*Requested byte range .* not valid"),
-    "no data": (lambda p: data(p).unlink(), r"\w+(/\w+)*/kernel: .*size of 0 bytes, but expected"),
+    "truncated data": (lambda p: halve(data(p)), r"\w+(/\w+)+: .*Requested byte range .* not valid"),
+    "no data": (lambda p: data(p).unlink(), r"\w+(/\w+)+: .*size of 0 bytes, but expected"),
     "truncated index": (lambda p: halve(p / "state" / "manifest.ocdbt"), r".*manifest\.ocdbt.*Length"),
     "truncated node": (
         lambda p: halve(*(p / "state" / "d").iterdir()),
