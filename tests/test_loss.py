@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from osprey_jax.loss import loss_sums
-
-torch = pytest.importorskip("torch")
 
 VOCAB, LENGTH = 37, 24
 # Where the answers of four dialogues stand: several turns, one token, and lengths that differ a lot.

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from osprey_jax.optim import AdamW, TrainState, init_state, merge, partition
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 STEPS, WARMUP = 40, 4
 SHAPES = {"decoder": {"kernel": (5, 7), "bias": (7,)}, "vision": {"gamma": (11,)}}

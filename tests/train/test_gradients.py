@@ -3,15 +3,12 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
 from osprey_jax import train
 from osprey_jax.batch import Batch
 from osprey_jax.optim import partition
-
-torch = pytest.importorskip("torch")
-reference = pytest.importorskip("tests.parity.reference")
-bridge = pytest.importorskip("tests.parity.bridge")
-scenes = pytest.importorskip("tests.parity.scenes")
+from tests.parity import bridge, reference, scenes
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Compiling takes longer than running here."""

@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from osprey_jax import Osprey, checkpoint, convert, train, train_config
 from osprey_jax.batch import Batch
 from osprey_jax.config import from_config
+from tests.parity import bridge, reference, scenes
 from tests.train.runs import (
     FEW,
     SMALL,
@@ -27,11 +28,6 @@ from tests.train.runs import (
     steps,
     wait_until,
 )
-
-torch = pytest.importorskip("torch")
-reference = pytest.importorskip("tests.parity.reference")
-bridge = pytest.importorskip("tests.parity.bridge")
-scenes = pytest.importorskip("tests.parity.scenes")
 
 # ml_collections loads a config file by a method that Python will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
