@@ -1,12 +1,14 @@
 PYTHON ?= python3
 
 BIN := .venv/bin
-# Touched when the environment is complete; the install runs again only where setup.py is newer.
+# Touched when the environment is complete; the installs run again only where setup.py is newer.
 INSTALLED := .venv/.installed
+# Without what only tests and conversion need, torch above all.
+RUNTIME := .venv/.installed-runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-full lint types format clean
+.PHONY: help install demo test test-full lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,9 +17,20 @@ $(INSTALLED): setup.py
 	@echo "Installing osprey-jax and what its tests need into .venv (minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(RUNTIME) $@
+
+$(RUNTIME): setup.py
+	@echo "Installing osprey-jax into .venv"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 install: $(INSTALLED) ## make .venv, which all targets share
+
+# Huge pages, where glibc has them: a step frees and takes again hundreds of megabytes.
+demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+demo: $(RUNTIME) ## train a small model from nothing and look at what it says of new scenes
+	$(BIN)/python -m osprey_jax.demo
 
 # Programs are compiled once and kept: without the two limits JAX would skip most of the tests' small ones.
 test test-full: export JAX_PLATFORMS = cpu

@@ -103,10 +103,10 @@ class OspreyConfig:
 def tiny() -> OspreyConfig:
     """About three million parameters on 96-pixel images: trains on a laptop, for demos and tests."""
     return OspreyConfig(
-        vision=VisionConfig(image_size=96, depths=(1, 1, 2, 1), dims=(32, 64, 128, 192)),
+        vision=VisionConfig(image_size=96, depths=(2, 2, 2, 1), dims=(32, 64, 128, 192)),
         extractor=ExtractorConfig(dim=128, position_size=112),
         decoder=DecoderConfig(
-            vocab_size=512, dim=128, ffn_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32
+            vocab_size=512, dim=128, ffn_dim=256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32
         ),
         mask_token_id=512,
         position_token_id=513,

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.shapes import Scene, Shapes, short_description
-from data_pipelines.shapes.conversations import KINDS
+from data_pipelines.shapes.conversations import KINDS, ONE_PHRASE
 from osprey_jax import train
 from osprey_jax.figure import draw_regions
 from osprey_jax.predictor import Osprey
@@ -46,8 +46,9 @@ class Described(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A question of a held-out conversation."""
+    """A question of a held-out conversation of some kind."""
 
+    kind: str
     question: str
     answer: str
     truth: str
@@ -90,7 +91,10 @@ def answer_records(osprey: Osprey, *, size: int, each: int) -> Iterator[Row]:
             else:
                 prompt = conversation([(question, None)], system=SYSTEM_INFERENCE)
                 answer = osprey.generate(record.image, masks, prompt)[0].text
-            yield Row(question.rpartition("\n")[2], answer, truth)
+            asked_in_short = (
+                question.removeprefix(opening).rpartition("\n")[2].removesuffix(ONE_PHRASE).strip(" .")
+            )
+            yield Row(kind, asked_in_short, answer, truth)
 
 
 def share_equal(pairs: Sequence[tuple[str, str]]) -> float:
@@ -120,12 +124,12 @@ def draw_scenes(described: Sequence[Described]) -> Image.Image:
 def print_table(rows: Sequence[Row]) -> None:
     """Questions, answers and truths in columns; a tick where the answer is the truth."""
     table = [
-        ("question", "answer", "truth", ""),
+        ("kind", "question", "answer", "truth", ""),
         *((*row, "✓" if row.answer == row.truth else "✗") for row in rows),
     ]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
     for row in table:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[3])
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[4])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = Shapes(split="held_out", size=osprey.config.vision.image_size)
     described = describe_scenes(osprey, source, regions=REGIONS)
     triples = [triple for item in described for triple in zip(*item[1:], strict=True)][:REGIONS]
-    print_table(list(answer_records(osprey, size=source.size, each=2)))
+    print_table(list(answer_records(osprey, size=source.size, each=1)))
     draw_scenes(described[:PICTURES]).save(args.output / "regions.png")
     metrics = {
         "exact_match": share_equal([(truth, answer) for truth, answer, _ in triples]),

@@ -165,17 +165,17 @@ def _relations(scene: Scene, rng: np.random.Generator) -> Conversation:
 
 
 KINDS: Mapping[str, tuple[float, Callable[[Scene, np.random.Generator], Conversation]]] = {
-    "short": (0.6, _short),
-    "detailed": (0.04, _detailed),
-    "category": (0.04, _category),
-    "classify": (0.04, _classify),
-    "part": (0.04, _part),
-    "referring": (0.04, _referring),
-    "yes_no": (0.04, _yes_no),
-    "attribute": (0.04, _attribute),
-    "compare": (0.04, _compare),
-    "common": (0.04, _common),
-    "relations": (0.04, _relations),
+    "short": (0.9, _short),
+    "detailed": (0.01, _detailed),
+    "category": (0.01, _category),
+    "classify": (0.01, _classify),
+    "part": (0.01, _part),
+    "referring": (0.01, _referring),
+    "yes_no": (0.01, _yes_no),
+    "attribute": (0.01, _attribute),
+    "compare": (0.01, _compare),
+    "common": (0.01, _common),
+    "relations": (0.01, _relations),
 }
 """How often each kind is drawn, and what makes a conversation of it."""
 

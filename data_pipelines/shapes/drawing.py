@@ -19,49 +19,27 @@ COLOURS = {
     "pink": (252, 136, 200),
     "white": (244, 244, 244),
 }
-TEXTURES = ("plain", "striped", "dotted", "checkered")
+TEXTURES = ("plain", "striped", "dotted")
 PARTS = ("hat", "core")
 
+_INK = 24
+"""What the lines around objects and parts are drawn in: all channels."""
 _JITTER = 10
 """Greatest difference of an object's colour from the table's, per channel."""
 _SHADE = 0.32
 """What the dark half of a texture keeps of the colour."""
 
-_STAR = (
-    *((0.0, -1.0), (0.31, -0.37), (1.0, -0.24), (0.5, 0.25), (0.62, 1.0)),
-    *((0.0, 0.64), (-0.62, 1.0), (-0.5, 0.25), (-1.0, -0.24), (-0.31, -0.37)),
-)
-
-
-def _inside(u: np.ndarray, v: np.ndarray, corners: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Whether points are in a polygon: an odd number of its edges lies to their right."""
-    inside = np.zeros(np.broadcast_shapes(u.shape, v.shape), bool)
-    for (u0, v0), (u1, v1) in zip(corners, corners[1:] + corners[:1], strict=True):
-        if v0 != v1:
-            inside ^= ((v0 > v) != (v1 > v)) & (u < u0 + (u1 - u0) * ((v - v0) / (v1 - v0)))
-    return inside
-
-
-def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    lobes = (abs(u) - 0.5) * (abs(u) - 0.5) + (v + 0.45) * (v + 0.45) <= 0.26
-    tip = (v >= -0.13) & (0.783 * abs(u) + 0.622 * (v - 1) <= 0)
-    return lobes | tip | ((abs(u) <= 0.5) & (abs(v + 0.225) <= 0.225))
-
-
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": lambda u, v: u * u + v * v <= 1,
     "square": lambda u, v: (abs(u) <= 1) & (abs(v) <= 1),
     "triangle": lambda u, v: 2 * abs(u) <= v + 1,
-    "diamond": lambda u, v: abs(u) + abs(v) <= 1,
-    "cross": lambda u, v: np.minimum(abs(u), abs(v)) <= 0.36,
     "ring": lambda u, v: (u * u + v * v <= 1) & (u * u + v * v >= 0.12),
-    "heart": _heart,
-    "star": lambda u, v: _inside(u, v, _STAR),
+    "bar": lambda u, v: (abs(u) <= 1) & (abs(v) <= 0.5),
+    "pillar": lambda u, v: (abs(u) <= 0.5) & (abs(v) <= 1),
 }
 """Whether points with u and v from -1 to 1 are in the shape; `v` points down."""
 
-_CORE_CENTRE = {"triangle": 0.38, "heart": -0.1, "star": 0.08}
-_HAT_BRIM = {"triangle": -0.55, "heart": -0.5, "star": -0.68, "diamond": -0.72}
+_CORE_CENTRE = {"triangle": 0.38}
+_HAT_BRIM = {"triangle": -0.55, "bar": -0.35}
 """How low a hat is put on, in the shape's coordinates; where nothing is said, at -0.85."""
 
 
@@ -85,6 +63,19 @@ def outline(shape: str, part: str | None, diameter: int) -> np.ndarray:
     pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     pixels.setflags(write=False)  # the cache hands it out again
     return pixels
+
+
+@functools.lru_cache(maxsize=1024)
+def lines(shape: str, part: str | None, diameter: int, width: int) -> np.ndarray:
+    """Which pixels of an `outline` are within `width` steps of something that isn't the same body or part."""
+    inner = pixels = outline(shape, part, diameter)
+    for _ in range(width):
+        around = np.pad(inner, 1)
+        sides = around[2:, 1:-1], around[:-2, 1:-1], around[1:-1, 2:], around[1:-1, :-2]
+        inner = inner * np.all([inner == side for side in sides], axis=0)
+    found = (pixels > 0) & (inner == 0)
+    found.setflags(write=False)
+    return found
 
 
 def _enclosed(solid: np.ndarray) -> np.ndarray:
@@ -114,30 +105,35 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def paint(
-    rng: np.random.Generator, image: np.ndarray, *, mask: np.ndarray, colour: str, texture: str, unit: float
+    rng: np.random.Generator,
+    image: np.ndarray,
+    *,
+    mask: np.ndarray,
+    ink: np.ndarray,
+    colour: str,
+    texture: str,
+    unit: float,
 ) -> None:
-    """Colours the pixels of a bool (h, w) mask of a uint8 (h, w, 3) image, in place.
+    """Colours the pixels of a bool (h, w) mask of a uint8 (h, w, 3) image, in place; those of `ink` are lines.
 
     `unit` is the length in pixels that stands for one pixel of a scene of 96.
     """
     light = np.clip(np.array(COLOURS[colour]) + rng.integers(-_JITTER, _JITTER + 1, 3), 0, 255)
-    shades = np.stack([light, light * _SHADE]).astype(np.uint8)
+    shades = np.stack([light, light * _SHADE, np.full(3, _INK)]).astype(np.uint8)
     dark = _pattern(rng, texture, mask.shape, unit)
-    np.copyto(image, shades[dark.astype(np.intp)], where=mask[:, :, None])
+    np.copyto(image, shades[np.where(ink, 2, dark)], where=mask[:, :, None])
 
 
 def _pattern(rng: np.random.Generator, texture: str, shape: tuple[int, ...], unit: float) -> np.ndarray:
     """Which pixels of a box a texture darkens."""
     if texture == "plain":
         return np.zeros(shape, bool)
-    half, wide = max(2, round(3 * unit)), max(3, round(4 * unit))
+    half = max(2, round(3 * unit))
     y = np.arange(shape[0])[:, None] + rng.integers(4 * half)
     x = np.arange(shape[1])[None, :] + rng.integers(4 * half)
-    if texture == "striped":
-        slope = rng.integers(4)
-        across = (x + 0 * y, y + 0 * x, x + y, x - y)[slope]
-        # What is counted along a row is longer than the distance across slanted stripes.
-        return across // (half if slope < 2 else wide) % 2 == 0
     if texture == "dotted":
         return (y % (2 * half) < half) & (x % (2 * half) < half)
-    return (y // wide + x // wide) % 2 == 0
+    slope = rng.integers(4)
+    across = (x + 0 * y, y + 0 * x, x + y, x - y)[slope]
+    # What is counted along a row is longer than the distance across slanted stripes.
+    return across // (half if slope < 2 else max(3, round(4 * unit))) % 2 == 0

@@ -14,16 +14,19 @@ from data_pipelines.shapes.drawing import (
     SHAPES,
     TEXTURES,
     background,
+    lines,
     outline,
     paint,
 )
 
-SIZES = {"small": (19, 22), "large": (29, 34)}
+SIZES = {"small": (24, 28), "large": (36, 42)}
 """Diameter of an object without its part: least and greatest pixels in a scene of 96."""
 
 _MAX_PARTS = 2
-_PART_CHANCE = 0.2
+_PART_CHANCE = 0.15
 """Of a large object to have a part."""
+_LINE = 2
+"""Width of the line around objects and parts, in pixels of a scene of 96."""
 _REFERENCE = 96
 """Side in pixels of the scenes that lengths are meant for; others scale them."""
 _MIN_VISIBLE = 0.8
@@ -82,10 +85,11 @@ def render(rng: np.random.Generator, *, size: int, parity: int) -> Scene:
     layout = None
     while layout is None:
         objects, parts = _draw_words(rng)
-        outlines = [
-            outline(thing.name, part.name if part else None, _diameter(rng, thing, size))
+        forms = [
+            (thing.name, part.name if part else None, _diameter(rng, thing, size))
             for thing, part in zip(objects, parts, strict=True)
         ]
+        outlines = [outline(*form) for form in forms]
         layout = _arrange(rng, outlines, size=size, parity=parity)
     labels, windows = layout
     image = background(rng, size)
@@ -93,7 +97,15 @@ def render(rng: np.random.Generator, *, size: int, parity: int) -> Scene:
         window = windows[(label - 1) // 2]
         mask = labels[window] == label
         unit = size / _REFERENCE
-        paint(rng, image[window], mask=mask, colour=thing.colour, texture=thing.texture, unit=unit)
+        paint(
+            rng,
+            image[window],
+            mask=mask,
+            ink=lines(*forms[(label - 1) // 2], max(1, round(_LINE * unit))),
+            colour=thing.colour,
+            texture=thing.texture,
+            unit=unit,
+        )
     owners = (labels + 1) // 2
     masks = [owners == index + 1 for index in range(len(objects))]
     masks += [labels == label for thing, label in _labelled(objects, parts) if thing.whole is not None]
@@ -117,7 +129,7 @@ def _labelled(objects: list[Region], parts: list[Region | None]) -> Iterator[tup
 
 def _draw_words(rng: np.random.Generator) -> tuple[list[Region], list[Region | None]]:
     """Objects, no two alike in both colour and shape, and for each its part or None."""
-    count = 3 + int(np.searchsorted((0.1, 0.4), rng.random()))
+    count = 3 + int(np.searchsorted((0.2, 0.7), rng.random()))
     shapes, colours = list(SHAPES), list(COLOURS)
     objects: list[Region] = []
     parts: list[Region | None] = []

@@ -1,6 +1,6 @@
 """What is true of a scene, in words: descriptions of its regions and how two objects stand to each other.
 
-Descriptions keep one order: size, texture, colour, shape.
+Descriptions keep one order: size, shape, texture, colour.
 """
 
 import numpy as np
@@ -17,12 +17,8 @@ _CLEARLY = 0.08
 
 
 def short_description(scene: Scene, region: int) -> str:
-    """The phrase for a region: `a small striped red star`, for a part `the blue hat of a red star`."""
-    thing = scene.regions[region]
-    if thing.whole is None:
-        return f"a {_full_name(thing)}"
-    whole = scene.regions[thing.whole]
-    return f"the {thing.colour} {thing.name} of a {whole.colour} {whole.name}"
+    """The phrase for a region: `a small ring, striped red`, for a part `a hat, plain blue`."""
+    return f"a {_full_name(scene.regions[region])}"
 
 
 def detailed_description(scene: Scene, region: int) -> str:
@@ -30,9 +26,9 @@ def detailed_description(scene: Scene, region: int) -> str:
     thing, where = scene.regions[region], f"{place(scene, region)} of the picture"
     if thing.whole is not None:
         whole = _full_name(scene.regions[thing.whole])
-        return f"The {thing.colour} {thing.name} of a {whole} {where}."
+        return f"The {thing.colour} {thing.name} of a {whole}, {where}."
     parts = [f" It has a {part.colour} {part.name}." for part in scene.regions if part.whole == region]
-    return f"A {_full_name(thing)} {where}.{''.join(parts)} It is {neighbour(scene, region)}."
+    return f"A {_full_name(thing)}, {where}.{''.join(parts)} It is {neighbour(scene, region)}."
 
 
 def referring_expression(scene: Scene, region: int) -> str:
@@ -82,8 +78,7 @@ def common(first: Region, second: Region) -> str:
     attributes = ("size", "texture", "colour")
     words = [str(getattr(first, name)) for name in attributes if alike(first, second, name)]
     if first.name == second.name:
-        plural = "crosses" if first.name == "cross" else f"{first.name}s"
-        return f"Both are {' '.join([*words, plural])}."
+        return f"Both are {' '.join([*words, f'{first.name}s'])}."
     if not words:
         return "They have nothing in common."
     return f"Both are {' and '.join(filter(None, (', '.join(words[:-1]), words[-1])))}."
@@ -115,7 +110,8 @@ def is_in_front(scene: Scene, first: int, second: int) -> bool | None:
 
 
 def _full_name(thing: Region) -> str:
-    return f"{thing.size} {thing.texture} {thing.colour} {thing.name}"
+    name = thing.name if thing.size is None else f"{thing.size} {thing.name}"
+    return f"{name}, {thing.texture} {thing.colour}"
 
 
 def _centre(scene: Scene, region: int) -> np.ndarray:

@@ -26,8 +26,8 @@ class Seen:
     @property
     def phrase(self) -> str:
         if self.whole:
-            return f"the {self.colour} {self.name} of a {self.whole.colour} {self.whole.name}"
-        return f"a {self.size} {self.texture} {self.colour} {self.name}"
+            return f"a {self.name}, {self.texture} {self.colour}"
+        return f"a {self.size} {self.name}, {self.texture} {self.colour}"
 
 
 @functools.cache
@@ -40,37 +40,25 @@ def drawn(shape: str, diameter: int) -> np.ndarray:
     def polygon(*corners: tuple[float, float]) -> None:
         pen.polygon([((u + 1) / 2 * side, (v + 1) / 2 * side) for u, v in corners], fill=1)
 
-    def disc(u: float, v: float, radius: float, fill: int = 1) -> None:
-        corners = (u - radius, v - radius, u + radius, v + radius)
+    def disc(radius: float, fill: int = 1) -> None:
+        corners = (-radius, -radius, radius, radius)
         pen.ellipse([(corner + 1) / 2 * side for corner in corners], fill=fill)
 
-    if shape in ("circle", "ring"):
-        disc(0, 0, 1)
-        if shape == "ring":
-            disc(0, 0, 0.35, fill=0)
-    elif shape == "square":
-        polygon((-1, -1), (1, -1), (1, 1), (-1, 1))
+    if shape == "ring":
+        disc(1)
+        disc(0.35, fill=0)
     elif shape == "triangle":
         polygon((0, -1), (1, 1), (-1, 1))
-    elif shape == "diamond":
-        polygon((0, -1), (1, 0), (0, 1), (-1, 0))
-    elif shape == "cross":
-        polygon((-0.36, -1), (0.36, -1), (0.36, 1), (-0.36, 1))
-        polygon((-1, -0.36), (1, -0.36), (1, 0.36), (-1, 0.36))
-    elif shape == "heart":
-        disc(-0.5, -0.45, 0.51)
-        disc(0.5, -0.45, 0.51)
-        polygon((-0.9, -0.13), (-0.2, -0.45), (0.2, -0.45), (0.9, -0.13), (0, 1))
     else:
-        turns = np.arange(10) * np.pi / 5
-        radii = np.where(np.arange(10) % 2, 0.47, 1.0)
-        points = np.stack([radii * np.sin(turns), -radii * np.cos(turns)], axis=1)
-        low, high = points.min(axis=0), points.max(axis=0)
-        polygon(*map(tuple, (points - low) / (high - low) * 2 - 1))
+        across, down = {"square": (1, 1), "bar": (1, 0.5), "pillar": (0.5, 1)}[shape]
+        polygon((-across, -down), (across, -down), (across, down), (-across, down))
     return np.asarray(image).reshape(diameter, 16, diameter, 16).mean(axis=(1, 3)) > 0.5
 
 
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "heart", "star")
+SHAPES = ("square", "triangle", "ring", "bar", "pillar")
+
+
+LINE = 2  # width of the line around bodies and parts, in pixels
 
 
 def read_outline(body: np.ndarray, covered: np.ndarray) -> tuple[str, str, np.ndarray]:
@@ -79,7 +67,7 @@ def read_outline(body: np.ndarray, covered: np.ndarray) -> tuple[str, str, np.nd
     body, covered = np.pad(body, 1), np.pad(covered, 1)
     rows, columns = np.flatnonzero(body.any(axis=1)), np.flatnonzero(body.any(axis=0))
     best: tuple[float, str, int, np.ndarray] | None = None
-    for shape, diameter in itertools.product(SHAPES, [*range(18, 24), *range(28, 36)]):
+    for shape, diameter in itertools.product(SHAPES, [*range(23, 30), *range(35, 44)]):
         tops = range(max(0, rows[-1] - diameter), min(rows[0], len(body) - diameter) + 1)
         lefts = range(max(0, columns[-1] - diameter), min(columns[0], len(body) - diameter) + 1)
         for top, left in itertools.product(tops, lefts):
@@ -93,7 +81,7 @@ def read_outline(body: np.ndarray, covered: np.ndarray) -> tuple[str, str, np.nd
     assert best is not None
     wrong, shape, diameter, outline = best
     assert wrong <= 0.09 * body.sum(), (shape, wrong, body.sum())
-    return shape, "small" if diameter < 24 else "large", outline
+    return shape, "small" if diameter < 32 else "large", outline
 
 
 def read_colour(pixels: np.ndarray) -> str:
@@ -111,17 +99,21 @@ def read_colour(pixels: np.ndarray) -> str:
 
 
 def read_texture(image: np.ndarray, body: np.ndarray) -> str:
+    """By what is dark inside the dark line around a body."""
     values = image.astype(int).sum(axis=2)
     dark = values < 0.6 * values[body].max()
-    if not (dark & body).any():
+    inside = body
+    for _ in range(LINE):
+        padded = np.pad(inside, 1)
+        inside = inside & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
+    if not (dark & inside).any():
         return "plain"
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        both = body & np.roll(body, (down, right), (0, 1))
+        both = inside & np.roll(inside, (down, right), (0, 1))
         if (dark == np.roll(dark, (down, right), (0, 1)))[both].all():
             return "striped"
-    share = dark[body].mean()
-    assert not 0.34 < share < 0.39
-    return "dotted" if share < 0.36 else "checkered"
+    assert dark[inside].mean() < 0.4
+    return "dotted"
 
 
 def centre_of(mask: np.ndarray) -> tuple[float, float]:
