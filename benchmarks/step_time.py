@@ -4,7 +4,7 @@
 
 The torch side is transformers' ConvNext and Llama (scaled-dot-product attention) around a batched extractor,
 with torch's fused AdamW. Both sides start from the same weights and get the loader's arrays; the first losses
-must agree before anything is timed. Prints each side's median step and the median of the ratios of neighbours.
+must agree before anything is timed. Prints each side's median step and the median ratio of neighbours.
 """
 
 import argparse
@@ -88,9 +88,8 @@ def torch_loss(reference: OspreyReference, batch: Batch) -> torch.Tensor:
 
     named = ids == reference.config.mask_id
     used = torch.arange(position.shape[1]) < named.sum(1, keepdim=True)
-    embedded = reference.llama.model.embed_tokens(
-        ids.where((ids >= 0) & (ids < reference.config.vocab_size), 0)
-    )
+    words = ids.where((ids >= 0) & (ids < reference.config.vocab_size), 0)  # 0 where a visual token goes
+    embedded = reference.llama.model.embed_tokens(words)
     embedded = embedded.masked_scatter(
         (ids == IMAGE_TOKEN_ID)[..., None], reference.project(features[2]).flatten(0, 1)
     )
@@ -100,9 +99,7 @@ def torch_loss(reference: OspreyReference, batch: Batch) -> torch.Tensor:
     logits = reference.llama(
         inputs_embeds=embedded, attention_mask=(seen != 0).long(), position_ids=places, use_cache=False
     ).logits
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().clamp(min=0, max=511), reduction="none"
-    )
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten(), reduction="none")
     return (losses * weights[:, 1:].flatten()).sum() / weights.sum()
 
 

@@ -11,6 +11,7 @@ it can't begin.
 import argparse
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ REGIONS = 500
 LEARNED, AT_MOST_PERMUTED = 0.9, 0.4
 """The least exact match, and the most that may be left of it with the masks of an image exchanged."""
 PICTURES = 6
+LONGEST = 48
+"""Tokens of the answers in the table."""
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
 
 
@@ -87,14 +90,12 @@ def answer_records(osprey: Osprey, *, size: int, each: int) -> Iterator[Row]:
             masks = record.masks[:count]
             if question.startswith(opening):
                 asked = {"role": "user", "content": question.removeprefix(opening)}
-                answer = osprey.chat(record.image, masks, [asked])
+                answer = osprey.chat(record.image, masks, [asked], max_new_tokens=LONGEST)
             else:
                 prompt = conversation([(question, None)], system=SYSTEM_INFERENCE)
-                answer = osprey.generate(record.image, masks, prompt)[0].text
-            asked_in_short = (
-                question.removeprefix(opening).rpartition("\n")[2].removesuffix(ONE_PHRASE).strip(" .")
-            )
-            yield Row(kind, asked_in_short, answer, truth)
+                answer = osprey.generate(record.image, masks, prompt, max_new_tokens=LONGEST)[0].text
+            shown = question.removeprefix(opening).rpartition("\n")[2].removesuffix(ONE_PHRASE)
+            yield Row(kind, shown.strip(" ."), answer, truth)
 
 
 def share_equal(pairs: Sequence[tuple[str, str]]) -> float:
@@ -107,9 +108,12 @@ def draw_scenes(described: Sequence[Described]) -> Image.Image:
     pictures = []
     for scene, truths, answers, _ in described:
         words = [a if a == t else f"{a} [truth: {t}]" for t, a in zip(truths, answers, strict=True)]
-        whole = np.asarray(Image.fromarray(scene.image).resize((480, 480), Image.Resampling.NEAREST))
-        masks = scene.masks.repeat(5, axis=1).repeat(5, axis=2)
-        pictures.append(draw_regions(whole, masks, words))
+        times = max(1, round(480 / len(scene.image)))
+        image, masks = (
+            x.repeat(times, axis=-2).repeat(times, axis=-1)
+            for x in (scene.image.transpose(2, 0, 1), scene.masks)
+        )
+        pictures.append(draw_regions(image.transpose(1, 2, 0), masks, words, tint=0))
     columns = min(3, len(pictures))
     width = max(picture.width for picture in pictures)
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
@@ -125,7 +129,10 @@ def print_table(rows: Sequence[Row]) -> None:
     """Questions, answers and truths in columns; a tick where the answer is the truth."""
     table = [
         ("kind", "question", "answer", "truth", ""),
-        *((*row, "✓" if row.answer == row.truth else "✗") for row in rows),
+        *(
+            (*(textwrap.shorten(cell, 100) for cell in row), "✓" if row.answer == row.truth else "✗")
+            for row in rows
+        ),
     ]
     widths = [max(len(row[column]) for row in table) for column in range(4)]
     for row in table:

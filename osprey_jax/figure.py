@@ -34,7 +34,9 @@ CELL = 4
 INK, FAINT, PAPER = (28, 28, 32), (105, 105, 112), (255, 255, 255)
 
 
-def draw_regions(image: np.ndarray, masks: np.ndarray, texts: Sequence[str]) -> Image.Image:
+def draw_regions(
+    image: np.ndarray, masks: np.ndarray, texts: Sequence[str], *, tint: float = TINT
+) -> Image.Image:
     """Draws an image with its regions numbered from 1 and, beside or below it, what was said of each.
 
     Regions of few pixels are drawn over larger ones. Empty masks are in the legend alone. Words are cut after
@@ -44,6 +46,7 @@ def draw_regions(image: np.ndarray, masks: np.ndarray, texts: Sequence[str]) -> 
       image: `(h, w, 3)` uint8. It is enlarged or shrunk so that its longest side is about 1000 pixels.
       masks: `(R, h, w)` bool.
       texts: R of them.
+      tint: how much of a region's colour lies over the picture's; with 0 only its outline shows it.
 
     Returns: an RGB picture.
     """
@@ -60,7 +63,7 @@ def draw_regions(image: np.ndarray, masks: np.ndarray, texts: Sequence[str]) -> 
     }
     picture = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
     for number, covered in coverage.items():
-        _paint(picture, covered, _colour(number))
+        _paint(picture, covered, _colour(number), tint)
     if coverage:
         _paste_badges(picture, coverage)
     entries = [_Entry(number, text, empty=number not in coverage) for number, text in enumerate(texts, 1)]
@@ -105,7 +108,7 @@ def _coverage(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return coverage if core.max() == 255 else coverage.filter(ImageFilter.MaxFilter(3))
 
 
-def _paint(picture: Image.Image, coverage: Image.Image, colour: Colour) -> None:
+def _paint(picture: Image.Image, coverage: Image.Image, colour: Colour, tint: float) -> None:
     """Tints and outlines one region in place."""
     bounds = coverage.getbbox()
     assert bounds is not None, "empty masks are not painted"
@@ -118,7 +121,7 @@ def _paint(picture: Image.Image, coverage: Image.Image, colour: Colour) -> None:
     outline = np.clip((0.98 - blurred) / 0.12, 0, 1) * inside
     shade = np.clip(blurred * 1.6, 0, 1) * (1 - inside) * 0.55
     pixels = np.asarray(picture.crop(box)).astype(np.float32) * (1 - shade)
-    weight = inside * TINT * (1 - outline) + outline
+    weight = inside * tint * (1 - outline) + outline
     pixels = pixels * (1 - weight) + np.asarray(colour, np.float32) * weight
     picture.paste(Image.fromarray(pixels.round().astype(np.uint8)), box[:2])
 

@@ -28,10 +28,10 @@ class Speaker:
     def describe(self, image: np.ndarray, masks: np.ndarray) -> list[str]:
         return [self.says(mask, place) for place, mask in enumerate(masks)]
 
-    def chat(self, image: np.ndarray, masks: np.ndarray, messages: Sequence[dict]) -> str:
+    def chat(self, image: np.ndarray, masks: np.ndarray, messages: Sequence[dict], **_: int) -> str:
         return "Yes"
 
-    def generate(self, image: np.ndarray, masks: np.ndarray, prompt: str) -> list[SimpleNamespace]:
+    def generate(self, image: np.ndarray, masks: np.ndarray, prompt: str, **_: int) -> list[SimpleNamespace]:
         return [SimpleNamespace(text="ring")]
 
 
@@ -100,9 +100,10 @@ def test_words_for_the_image_and_not_for_the_masks_are_not_learned(
     assert (status, metrics["exact_match"], metrics["exact_match_permuted"]) == (1, 1.0, 1.0)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how config_flags reads a file
 def test_the_whole_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """From a configuration to pictures, with a model too small and too briefly trained to know anything."""
-    overrides = SMALL | {"steps": 2, "checkpoint_every": 0, "eval_every": 0}
+    overrides = SMALL | {"steps": 2, "eval_every": 0}
     lines = [f"    config.{key} = {value!r}" for key, value in overrides.items()]
     config = tmp_path / "small.py"
     config.write_text(

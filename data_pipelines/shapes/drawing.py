@@ -114,8 +114,9 @@ def paint(
     texture: str,
     unit: float,
 ) -> None:
-    """Colours the pixels of a bool (h, w) mask of a uint8 (h, w, 3) image, in place; those of `ink` are lines.
+    """Colours the pixels of a bool (h, w) mask of a uint8 (h, w, 3) image, in place.
 
+    Those of them that are in `ink`, too, belong to lines, which are dark whatever the colour.
     `unit` is the length in pixels that stands for one pixel of a scene of 96.
     """
     light = np.clip(np.array(COLOURS[colour]) + rng.integers(-_JITTER, _JITTER + 1, 3), 0, 255)

@@ -52,19 +52,20 @@ def drawn(shape: str, diameter: int) -> np.ndarray:
     else:
         across, down = {"square": (1, 1), "bar": (1, 0.5), "pillar": (0.5, 1)}[shape]
         polygon((-across, -down), (across, -down), (across, down), (-across, down))
-    return np.asarray(image).reshape(diameter, 16, diameter, 16).mean(axis=(1, 3)) > 0.5
+    return np.asarray(image).reshape(diameter, 16, diameter, 16).mean(axis=(1, 3)) >= 0.5
 
 
 SHAPES = ("square", "triangle", "ring", "bar", "pillar")
 
 
+EDGE = 12
 LINE = 2  # width of the line around bodies and parts, in pixels
 
 
 def read_outline(body: np.ndarray, covered: np.ndarray) -> tuple[str, str, np.ndarray]:
     """The shape, size and outline that leave exactly this body where nothing covers them."""
-    # Tips of less than a pixel may reach beyond the picture.
-    body, covered = np.pad(body, 1), np.pad(covered, 1)
+    # Shapes are drawn in squares, which reach beyond the picture where a bar or a pillar is near its edge.
+    body, covered = np.pad(body, EDGE), np.pad(covered, EDGE)
     rows, columns = np.flatnonzero(body.any(axis=1)), np.flatnonzero(body.any(axis=0))
     best: tuple[float, str, int, np.ndarray] | None = None
     for shape, diameter in itertools.product(SHAPES, [*range(23, 30), *range(35, 44)]):
@@ -77,7 +78,7 @@ def read_outline(body: np.ndarray, covered: np.ndarray) -> tuple[str, str, np.nd
             if best is None or wrong < best[0]:
                 outline = np.zeros_like(body)
                 outline[window] = drawn(shape, diameter)
-                best = wrong, shape, diameter, outline[1:-1, 1:-1]
+                best = wrong, shape, diameter, outline[EDGE:-EDGE, EDGE:-EDGE]
     assert best is not None
     wrong, shape, diameter, outline = best
     assert wrong <= 0.09 * body.sum(), (shape, wrong, body.sum())

@@ -25,20 +25,19 @@ def test_a_scene_and_its_words_are_the_same_on_every_machine() -> None:
     record = Shapes(seed=3, kinds=("short",))[12345]
     assert (record.image.shape, record.image.dtype, record.masks.dtype) == ((96, 96, 3), np.uint8, bool)
     digest = hashlib.sha256(record.image.tobytes() + record.masks.tobytes()).hexdigest()
-    assert digest == "f77f425bad259fddf7b13e26c6f1fd1b81bcb7243f77c8e0921b2fdebbabbd8d"
+    assert digest == "ded29c209722558b32467bff7ddfd27a423df18b101eea4bbd5b7a6a3757c98c"
     assert [answer for _, answer in record.turns] == [
-        "a large dotted cyan square",
-        "a large checkered white circle",
-        "a large checkered white cross",
-        "a large dotted pink cross",
-        "the yellow hat of a cyan square",
+        "a small pillar, striped red",
+        "a small ring, plain red",
+        "a small square, striped white",
+        "a large ring, striped cyan",
     ]
     assert record.sample_id == "shapes/train/3/12345"
 
 
 @pytest.mark.parametrize("size", [64, 96, 160])
 def test_masks_hold_exactly_the_pixels_that_were_painted(size: int) -> None:
-    """Each object and part has colours of its own, one where it is plain, else a light and a dark one."""
+    """Each object and part has colours of its own, one where it is plain, else two; lines have theirs."""
     source = Shapes(size=size)
     for scene in map(source.scene, range(25)):
         numbers = scene.image.astype(int) @ (1, 256, 65536)
@@ -49,10 +48,13 @@ def test_masks_hold_exactly_the_pixels_that_were_painted(size: int) -> None:
                 inner[region.whole] |= mask
         own = scene.masks & ~inner
         assert (own.sum(axis=0) <= 1).all()
+        ink = (scene.image == 24).all(axis=2)
+        assert not (ink & ~own.any(axis=0)).any()
         for region, mask in zip(scene.regions, own, strict=True):
-            colours = np.unique(numbers[mask])
+            assert (mask & ink).any()
+            colours = np.unique(numbers[mask & ~ink])
             assert len(colours) == (1 if region.texture == "plain" else 2)
-            assert np.array_equal(mask, np.isin(numbers, colours))
+            assert np.array_equal(mask & ~ink, np.isin(numbers, colours))
 
 
 def test_enough_of_every_object_is_visible() -> None:
@@ -63,7 +65,7 @@ def test_enough_of_every_object_is_visible() -> None:
 
 
 def test_nothing_nearer_fills_the_hole_of_a_ring() -> None:
-    """It would look like a circle."""
+    """It would look like a disc."""
     rings = 0
     for scene in map(Shapes().scene, range(500)):
         for i, region in enumerate(scene.regions):
@@ -80,11 +82,11 @@ def test_scenes_have_objects_parts_and_overlaps_in_number() -> None:
     scenes = [Shapes().scene(index) for index in range(300)]
     counts = [scene.num_objects for scene in scenes]
     assert set(counts) == {3, 4, 5}
-    assert 4.3 < np.mean(counts) < 4.7
+    assert 3.9 < np.mean(counts) < 4.2
     parts = [len(scene.regions) - scene.num_objects for scene in scenes]
     assert set(parts) == {0, 1, 2}
-    assert 0.25 < np.mean(np.array(parts) > 0) < 0.5
-    assert 0.5 < np.mean([scene.hidden.any() for scene in scenes]) < 0.85
+    assert 0.15 < np.mean(np.array(parts) > 0) < 0.4
+    assert 0.6 < np.mean([scene.hidden.any() for scene in scenes]) < 0.85
 
 
 @pytest.mark.parametrize("seed", [0, 1])
