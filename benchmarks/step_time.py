@@ -140,7 +140,8 @@ def main() -> int:
         clip_norm=1.0,
     )
     update = jax.jit(train.make_update(pair.model, ours, accumulation=1), donate_argnums=0)
-    state = init_state(jax.tree.map(jax.numpy.asarray, pair.params), (".*",), frozen_dtype="float32")
+    # Compiled, for donated buffers must not be shared.
+    state = jax.jit(lambda params: init_state(params, (".*",), frozen_dtype="float32"))(pair.params)
 
     def jax_step() -> float:
         nonlocal state

@@ -78,7 +78,8 @@ def make_loader(
       workers: processes that encode; 0 for threads of this one.
       threads: threads that encode, in this process or in each worker.
       prefetch: batches encoded ahead.
-      tolerance: the share of failing samples, of the last 1,000, beyond which the stream raises.
+      tolerance: the share of failing samples, of the last 1,000, beyond which the stream raises
+        FailingSamples.
 
     Raises:
       ValueError: settings that don't fit together.
@@ -148,6 +149,15 @@ def _check(
     expected = config.mask_token_id, config.position_token_id
     if found != expected:
         raise ValueError(f"<mask> and <pos> are {found} in the tokenizer and {expected} in the config")
+    if config.decoder.vocab_size < min(found):
+        raise ValueError(
+            f"the tokenizer has {min(found)} tokens before <mask> and <pos>, the config's "
+            f"decoder.vocab_size is {config.decoder.vocab_size}"
+        )
+
+
+class FailingSamples(RuntimeError):
+    """Too many samples of the data can't be read or encoded to go on."""
 
 
 class Skipped(NamedTuple):
@@ -244,6 +254,13 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         bucket = next(bucket for bucket in self._buckets if bucket[0] >= length and bucket[1] >= regions)
         return collate(examples, bucket, pad_id=self._pad_id), [example.sample_id for example in examples]
 
+    def left_out(self) -> str:
+        """What of the data was not used since the start of this process, in words; empty where all was."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        skipped = [f"{self.skipped.total()} samples were skipped ({counts})"] if counts else []
+        turns = [f"{self.dropped_turns} turns did not fit the largest bucket"] if self.dropped_turns else []
+        return "; ".join(skipped + turns)
+
     def get_state(self) -> bytes:
         """JSON from which `set_state` continues after the last batch that was yielded."""
         return json.dumps({"step": self._step, "place": self._place, "identity": self._identity}).encode()
@@ -292,7 +309,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         _log.warning("skipped %s: %s: %s", *element)
         if sum(self._failures) > self._tolerance * WATCHED:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
-            raise RuntimeError(
+            raise FailingSamples(
                 f"more than {self._tolerance:.0%} of the last {WATCHED} samples failed ({counts}), "
                 f"the last one {element.sample_id}: {element.message}"
             )

@@ -74,9 +74,17 @@ class Metrics:
 
 
 def _kept_lines(path: Path, step: int) -> list[str]:
-    """The lines of steps up to `step`; a last one that was cut off is not one of them."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    """The lines of steps up to `step`; what was cut off or damaged is not one of them."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and 0 < _step(line) <= step]
+
+
+def _step(line: str) -> int:
+    """The step of a line, 0 where it can't be read."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return 0
 
 
 def _replace(path: Path, lines: list[str]) -> None:

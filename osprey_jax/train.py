@@ -24,13 +24,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from data_pipelines.pipeline import Loader, make_loader
+from data_pipelines.pipeline import FailingSamples, Loader, make_loader
 from data_pipelines.records import Source
 from data_pipelines.shapes.source import Shapes
 from data_pipelines.shapes.tokenizer import train_tokenizer
 from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch, to_device
-from osprey_jax.checkpoint import TrainingCheckpoints, save_params
+from osprey_jax.checkpoint import TrainingCheckpoints, first_line, save_params
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.loss import loss_sums
 from osprey_jax.metrics import Metrics
@@ -54,7 +54,8 @@ class NotFinite(ArithmeticError):
 def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None] = lambda: None) -> str:
     """Trains until the last step, or until `stopped` gives a reason to stop; returns what to tell the user.
 
-    Raises Refused before the first step; after it OSError where a checkpoint can't be written, and NotFinite.
+    Raises Refused before the first step; after it OSError where a checkpoint can't be written, FailingSamples
+    and NotFinite.
     """
     with refusals():
         # Devices, data and model.
@@ -80,10 +81,14 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             config=model_config,
             tokenizer=data.tokenizer,
         )
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        train_config.claim(workdir, config, checkpoint_bytes=size, saved=len(checkpoints.steps()))
+        train_config.claim(workdir, config, saved=len(checkpoints.steps()))
         checkpoints.clean_up()
         restored = checkpoints.restore_newest(abstract.to_arrays(), report=say)
+        export = workdir / "export"
+        if restored is None or restored.step < data.steps or not export.exists():
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+            saved, keep = len(checkpoints.steps()), config.keep_checkpoints
+            train_config.check_space(workdir, checkpoint_bytes=size, keep=keep, saved=saved)
         if restored is None:
             step, state = 0, create(jax.random.key(config.seed))
         else:
@@ -133,9 +138,13 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
 
     if step < data.steps:
         return f"stopped by {stopped()} after step {step}; the same command goes on from there"
-    export = workdir / "export"
     if not export.exists():
-        save_params(export, state.params, model_config, data.tokenizer)
+        try:
+            save_params(export, state.params, model_config, data.tokenizer)
+        except Exception as error:
+            raise OSError(f"cannot write {export}: {first_line(error)}") from error
+    if left_out := data.training.left_out():
+        say(left_out)
     return f"trained for {step} steps; osprey_jax.Osprey.load({str(export)!r}) loads the model"
 
 
@@ -340,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with refusals():
                 config, workdir = train_config.parse(sys.argv[1:] if argv is None else argv)
             print(train(config, workdir, stopped=stopped))
-    except (Refused, NotFinite, OSError) as error:
+    except (Refused, NotFinite, FailingSamples, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     return 0

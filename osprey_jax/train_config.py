@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 import shutil
 import traceback
@@ -14,6 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import base
 from osprey_jax.checkpoint import flatten
 from osprey_jax.directories import as_path
 
@@ -80,11 +82,14 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError where a value can't be meant; what depends on devices or data is checked there."""
+    _check_form(config)
     for key in ("batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
         _require(config[key] >= 1, config, key, "must be at least 1")
-    for key in ("steps", "eval_every", "eval_batches", "weight_decay", "clip_norm", "seed"):
+    for key in ("steps", "epochs", "eval_every", "eval_batches", "weight_decay", "clip_norm", "seed"):
         _require(config[key] >= 0, config, key, "must not be negative")
     _require(config.learning_rate > 0, config, "learning_rate", "must be positive")
+    _require(config.seed < 2**32, config, "seed", "must be below 2 ** 32")
+    _require(math.isfinite(config.epochs), config, "epochs", "must be finite")
     _require(0 <= config.warmup < 1, config, "warmup", "is a share of the steps, from 0 to below 1")
     _require(
         (config.steps > 0) != (config.epochs > 0), config, "steps", f"or epochs ({config.epochs}) must be 0"
@@ -96,12 +101,34 @@ def check(config: ConfigDict) -> None:
     for key in ("dtype", "frozen_dtype"):
         _require(config[key] in ("float32", "bfloat16"), config, key, "must be 'float32' or 'bfloat16'")
     for key in ("trained", "data.sources", "data.systems"):
-        strings = all(isinstance(item, str) for item in _value(config, key))
+        value = _value(config, key)
+        strings = bool(value) and all(isinstance(item, str) for item in value)
         _require(strings, config, key, "must be a tuple of strings")
     pairs = all(isinstance(item, tuple) and len(item) == 2 for item in config.data.buckets)
+    pairs = pairs and all(isinstance(size, int) and size > 0 for item in config.data.buckets for size in item)
     _require(pairs, config, "data.buckets", "must be a tuple of pairs of length and regions")
+    numbers = all(isinstance(weight, int | float) for weight in config.data.weights)
+    _require(numbers, config, "data.weights", "must be a tuple of numbers")
+    loss_per = config.data.loss_per in ("dialogue", "token")
+    _require(loss_per, config, "data.loss_per", "must be 'dialogue' or 'token'")
     for key in ("data.workers", "data.threads", "data.prefetch"):
         _require(_value(config, key) >= 0, config, key, "must not be negative")
+
+
+def _check_form(config: object) -> None:
+    """Raises ValueError where keys or types aren't those of `configs/base.py`."""
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"the configuration must be that of configs/base.py, changed; got {config!r}")
+    values, known = flatten(config.to_dict()), flatten(base.get_config().to_dict())
+    for what, keys in (("lacks", known.keys() - values), ("has unknown keys", values.keys() - known)):
+        if keys:
+            names = ", ".join(sorted(keys)).replace("/", ".")
+            raise ValueError(f"the configuration {what}: {names}; begin with that of configs/base.py")
+    for key, value in values.items():
+        kind: Any = type(known[key])
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+        _require(fits, config, key.replace("/", "."), f"must be of type {kind.__name__}")
 
 
 def check_batch(config: ConfigDict, *, shards: int) -> None:
@@ -114,18 +141,16 @@ def check_batch(config: ConfigDict, *, shards: int) -> None:
         )
 
 
-def claim(workdir: Path, config: ConfigDict, *, checkpoint_bytes: int, saved: int) -> None:
+def claim(workdir: Path, config: ConfigDict, *, saved: int) -> None:
     """Makes `workdir` this run's, or checks that it is.
 
     Args:
       workdir: created if it isn't there.
       config: written to `train_config.json`.
-      checkpoint_bytes: what one checkpoint takes.
       saved: how many checkpoints there are already.
 
     Raises:
-      ValueError: it belongs to a run that differs in what is learned; it can't be written to; or it has no
-        room for the checkpoints that will be kept.
+      ValueError: it belongs to a run that differs in what is learned, or it can't be written to.
     """
     path = workdir / "train_config.json"
     settings = json.loads(json.dumps(config.to_dict()))
@@ -135,6 +160,10 @@ def claim(workdir: Path, config: ConfigDict, *, checkpoint_bytes: int, saved: in
         _same_run(path, settings)
     elif saved:
         raise ValueError(f"{workdir} holds checkpoints of an unknown run: it has no train_config.json")
+    if (workdir / "export").exists() and not saved:
+        raise ValueError(
+            f"{workdir / 'export'} is a trained model, but its run's checkpoints are gone: move it away first"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(".train_config.json.incomplete")
@@ -142,16 +171,27 @@ def claim(workdir: Path, config: ConfigDict, *, checkpoint_bytes: int, saved: in
         partial.replace(path)
     except OSError as error:
         raise ValueError(f"cannot write to {workdir}: {error.strerror or error}") from error
-    if "://" not in str(workdir):
-        # A new one is complete before the oldest goes; the exported model comes on top.
-        needed = checkpoint_bytes * max(config.keep_checkpoints + 2 - saved, 1)
-        free = shutil.disk_usage(workdir).free
-        if free < needed:
-            raise ValueError(
-                f"no space for checkpoints: {workdir} has {_size(free)} free, needed are "
-                f"{_size(needed)} ({_size(checkpoint_bytes)} each, of which "
-                f"config.keep_checkpoints {config.keep_checkpoints} stay)"
-            )
+
+
+def check_space(workdir: Path, *, checkpoint_bytes: int, keep: int, saved: int) -> None:
+    """Raises ValueError where there is no room for the checkpoints that are still to be written.
+
+    Args:
+      workdir: of the run; one on a remote store has room.
+      checkpoint_bytes: what one checkpoint takes.
+      keep: how many stay.
+      saved: how many there are already.
+    """
+    if "://" in str(workdir):
+        return
+    # A new one is complete before the oldest goes; the exported model comes on top.
+    needed = checkpoint_bytes * max(keep + 2 - saved, 1)
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise ValueError(
+            f"no space for checkpoints: {workdir} has {_size(free)} free, needed are {_size(needed)} "
+            f"({_size(checkpoint_bytes)} each, of which config.keep_checkpoints {keep} stay)"
+        )
 
 
 def _same_run(path: Path, settings: dict[str, Any]) -> None:

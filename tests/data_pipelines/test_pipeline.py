@@ -192,6 +192,9 @@ def test_a_broken_sample_is_skipped_counted_and_named(make: Make, caplog: pytest
     assert loader.skipped == {"OSError": 1}
     assert caplog.messages == ["skipped a[40]: OSError: torn card"]
     assert loader.dropped_turns >= 33 + 66 - 3
+    assert (
+        f"1 samples were skipped (1 OSError); {loader.dropped_turns} turns did not fit" in loader.left_out()
+    )
 
 
 def test_samples_that_do_not_fit_are_counted_with_their_reason(make: Make) -> None:

@@ -48,6 +48,18 @@ REFUSED: dict[str, tuple[dict, str]] = {
     ),
     "no tokenizer": ({"data__tokenizer": "/nowhere"}, "no tokenizer in /nowhere"),
     "buckets of another form": ({"data__buckets": (200, 8)}, "config.data.buckets must be a tuple of pairs"),
+    "buckets of no size": ({"data__buckets": ((-1, 7),)}, "config.data.buckets must be a tuple of pairs"),
+    "words for weights": ({"data__weights": ("a",)}, "config.data.weights must be a tuple of numbers"),
+    "no system": ({"data__systems": ()}, "config.data.systems must be a tuple of strings"),
+    "epochs without end": ({"steps": 0, "epochs": float("inf")}, "config.epochs must be finite"),
+    "another share in the loss": (
+        {"data__loss_per": "tokens"},
+        "config.data.loss_per must be 'dialogue' or 'token', got 'tokens'",
+    ),
+    "too few embeddings": (
+        {"model__decoder__vocab_size": 100},
+        "the tokenizer has 512 tokens before <mask> and <pos>, the config's decoder.vocab_size is 100",
+    ),
     "a model of other ids": (
         {"model__mask_token_id": 7},
         "<mask> and <pos> are (512, 513) in the tokenizer and (7, 513) in the config",
@@ -89,6 +101,12 @@ def test_a_missing_or_wrong_config_file_is_said(tmp_path: Path, capsys: pytest.C
     assert refusal([f"--config={own}", workdir], capsys) == f"unknown key leyers in {own}:5"
     own.write_text("def get_config():\n    return {\n")
     assert refusal([f"--config={own}", workdir], capsys).startswith(f"{own}:2: SyntaxError: ")
+    own.write_text(
+        "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'steps': 1})\n"
+    )
+    assert refusal([f"--config={own}", workdir], capsys).startswith(
+        "the configuration lacks: accumulation, b1"
+    )
     tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
     assert refusal([tiny], capsys).startswith("usage: python -m osprey_jax.train")
     assert refusal([tiny, workdir, "--wrokdir=x"], capsys).startswith("Unknown command line flag 'wrokdir'")
@@ -121,6 +139,32 @@ def test_a_full_disk_is_refused_before_the_first_step(
     refused = refusal(command(tmp_path / "run", keep_checkpoints=2), capsys)
     assert re.match(
         rf"no space for checkpoints: {tmp_path}/run has 0.3 MB free, needed are \d\.\d MB", refused
+    )
+
+
+def test_what_an_interrupted_save_left_takes_no_space(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = tmp_path / "run" / "checkpoints" / ".5.incomplete"
+    left.mkdir(parents=True)
+    usage, there = shutil.disk_usage(tmp_path), []
+
+    def measured(_: Path) -> object:
+        there.append(left.exists())
+        return usage._replace(free=0)
+
+    monkeypatch.setattr(shutil, "disk_usage", measured)
+    assert refusal(command(tmp_path / "run"), capsys).startswith("no space for checkpoints")
+    assert there == [False]
+
+
+def test_a_model_without_its_runs_checkpoints_is_not_passed_off_as_this_runs(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    refused = refusal(command(tmp_path / "run"), capsys)
+    assert refused == (
+        f"{tmp_path}/run/export is a trained model, but its run's checkpoints are gone: move it away first"
     )
 
 
