@@ -59,7 +59,7 @@ setup(
     python_requires=">=3.11",
     # Naming the root makes an editable install follow packages that are added later.
     package_dir={"": "."},
-    packages=find_packages(include=["osprey_jax*", "data_pipelines*"]),
+    packages=find_packages(include=["osprey_jax*", "data_pipelines*", "configs*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={

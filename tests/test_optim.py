@@ -1,5 +1,6 @@
 """AdamW, schedule and clipping, compared with torch's and transformers', and the freezing of parameters."""
 
+import dataclasses
 import re
 
 import jax
@@ -63,6 +64,35 @@ def test_updates_equal_torchs_adamw(weight_decay: float, clip_norm: float, scale
             # From zero, what is compared is the sum of the updates.
             assert np.linalg.norm(np.asarray(found) - leaf) <= 1e-6 * np.linalg.norm(leaf)
     assert int(state.step) == STEPS
+
+
+@pytest.mark.parametrize("b2", [0.95, 0.999])
+@pytest.mark.parametrize("step", [0, 7, 900])
+def test_every_element_of_one_update_equals_torchs(b2: float, step: int) -> None:
+    """From parameters of zero, so that they are the update, and from moments of whatever size."""
+    adamw = AdamW(peak_learning_rate=3e-3, warmup_steps=0, total_steps=1000, b2=b2, clip_norm=0.0)
+    gradients, moments, squares = tree(1), tree(2), jax.tree.map(np.square, tree(3))
+    zeros = jax.tree.map(np.zeros_like, gradients)
+    state = init_state(jax.tree.map(jnp.asarray, zeros), [".*"], frozen_dtype="float32")
+    if step:
+        state = dataclasses.replace(state, step=jnp.int32(step), mu=moments, nu=squares)
+    found, _ = jax.jit(adamw.update)(state, gradients)
+    leaves = [torch.nn.Parameter(torch.from_numpy(leaf.copy())) for leaf in jax.tree.leaves(zeros)]
+    rate = float(adamw.learning_rate(jnp.int32(step)))
+    optimizer = torch.optim.AdamW(leaves, lr=rate, betas=(0.9, b2), eps=1e-8, weight_decay=0.0)
+    for leaf, gradient, moment, square in zip(
+        leaves, *map(jax.tree.leaves, (gradients, moments, squares)), strict=True
+    ):
+        leaf.grad = torch.from_numpy(gradient.copy())
+        if step:
+            optimizer.state[leaf] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.from_numpy(moment.copy()),
+                "exp_avg_sq": torch.from_numpy(square.copy()),
+            }
+    optimizer.step()
+    for ours, leaf in zip(jax.tree.leaves(found.trained), leaves, strict=True):
+        np.testing.assert_allclose(np.asarray(ours), leaf.detach().numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 7), (1, 5), (30, 1000), (700, 100_000)])

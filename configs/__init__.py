@@ -1,0 +1,1 @@
+"""What a training is told: `base` has every key, the others override what differs."""
