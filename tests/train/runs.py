@@ -29,7 +29,7 @@ SMALL = {
     "model.decoder.ffn_dim": 32,
     "model.decoder.num_layers": 2,
     "model.decoder.num_heads": 2,
-    "model.decoder.num_kv_heads": 1,
+    "model.decoder.num_kv_heads": 2,
     "model.decoder.head_dim": 16,
 }
 """A model of some ten thousand parameters, on the data of the tiny one."""
