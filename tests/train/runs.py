@@ -16,6 +16,7 @@ STEPS = 50
 SMALL = {
     "steps": STEPS,
     "batch_size": 8,
+    "learning_rate": 2e-3,
     "checkpoint_every": 5,
     "eval_every": 25,
     "eval_batches": 2,
