@@ -256,10 +256,12 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
 
     def left_out(self) -> str:
         """What of the data was not used since the start of this process, in words; empty where all was."""
-        counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
-        skipped = [f"{self.skipped.total()} samples were skipped ({counts})"] if counts else []
+        skipped = [f"{self.skipped.total()} samples were skipped ({self._reasons()})"] if self.skipped else []
         turns = [f"{self.dropped_turns} turns did not fit the largest bucket"] if self.dropped_turns else []
         return "; ".join(skipped + turns)
+
+    def _reasons(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
 
     def get_state(self) -> bytes:
         """JSON from which `set_state` continues after the last batch that was yielded."""
@@ -308,9 +310,8 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self.skipped[element.reason] += 1
         _log.warning("skipped %s: %s: %s", *element)
         if sum(self._failures) > self._tolerance * WATCHED:
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
             raise FailingSamples(
-                f"more than {self._tolerance:.0%} of the last {WATCHED} samples failed ({counts}), "
+                f"more than {self._tolerance:.0%} of the last {WATCHED} samples failed ({self._reasons()}), "
                 f"the last one {element.sample_id}: {element.message}"
             )
         return False

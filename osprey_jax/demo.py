@@ -78,24 +78,23 @@ def describe_scenes(osprey: Osprey, source: Shapes, *, regions: int) -> list[Des
     return results
 
 
-def answer_records(osprey: Osprey, *, size: int, each: int) -> Iterator[Row]:
-    """First questions of held-out conversations, so many of each kind."""
+def answer_records(osprey: Osprey, *, size: int) -> Iterator[Row]:
+    """The first question of a held-out conversation of each kind."""
     for kind in KINDS:
-        source = Shapes(split="held_out", seed=1, size=size, kinds=(kind,))
-        for record in (source[index] for index in range(each)):
-            question, truth = record.turns[0]
-            assert isinstance(record.image, np.ndarray), "scenes are rendered, not read from files"
-            count = question.count(REGION)
-            opening = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(count)}"
-            masks = record.masks[:count]
-            if question.startswith(opening):
-                asked = {"role": "user", "content": question.removeprefix(opening)}
-                answer = osprey.chat(record.image, masks, [asked], max_new_tokens=LONGEST)
-            else:
-                prompt = conversation([(question, None)], system=SYSTEM_INFERENCE)
-                answer = osprey.generate(record.image, masks, prompt, max_new_tokens=LONGEST)[0].text
-            shown = question.removeprefix(opening).rpartition("\n")[2].removesuffix(ONE_PHRASE)
-            yield Row(kind, shown.strip(" ."), answer, truth)
+        record = Shapes(split="held_out", seed=1, size=size, kinds=(kind,))[0]
+        question, truth = record.turns[0]
+        assert isinstance(record.image, np.ndarray), "scenes are rendered, not read from files"
+        count = question.count(REGION)
+        opening = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(count)}"
+        masks = record.masks[:count]
+        if question.startswith(opening):
+            asked = {"role": "user", "content": question.removeprefix(opening)}
+            answer = osprey.chat(record.image, masks, [asked], max_new_tokens=LONGEST)
+        else:
+            prompt = conversation([(question, None)], system=SYSTEM_INFERENCE)
+            answer = osprey.generate(record.image, masks, prompt, max_new_tokens=LONGEST)[0].text
+        shown = question.removeprefix(opening).rpartition("\n")[2].removesuffix(ONE_PHRASE)
+        yield Row(kind, shown.strip(" ."), answer, truth)
 
 
 def share_equal(pairs: Sequence[tuple[str, str]]) -> float:
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = Shapes(split="held_out", size=osprey.config.vision.image_size)
     described = describe_scenes(osprey, source, regions=REGIONS)
     triples = [triple for item in described for triple in zip(*item[1:], strict=True)][:REGIONS]
-    print_table(list(answer_records(osprey, size=source.size, each=1)))
+    print_table(list(answer_records(osprey, size=source.size)))
     draw_scenes(described[:PICTURES]).save(args.output / "regions.png")
     metrics = {
         "exact_match": share_equal([(truth, answer) for truth, answer, _ in triples]),

@@ -254,11 +254,11 @@ def make_gradients(
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, sums_and_gradients(trained, frozen, part)), None
 
-        # A part takes every accumulation-th row, so that no row changes its device.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         if accumulation == 1:
             total = sums_and_gradients(trained, frozen, batch)
         else:
+            # A part takes every accumulation-th row, so that no row changes its device.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
             zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trained)
             total, _ = jax.lax.scan(add, zeros, parts)
         # Divided once, by the weights of the whole batch: the mean over dialogues, however they were parted.
