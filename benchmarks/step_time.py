@@ -68,11 +68,11 @@ def shapes_batch(pair: Pair) -> Batch:
 
 def torch_loss(reference: OspreyReference, batch: Batch) -> torch.Tensor:
     """The loss of a batch: the mean over its dialogues."""
-    levels = [torch.from_numpy(np.asarray(level)).float() for level in batch.masks.levels]
+    levels = [torch.from_numpy(np.asarray(level)[:, 0]).float() for level in batch.masks.levels]
     ids, weights = torch.from_numpy(batch.input_ids).long(), torch.from_numpy(batch.loss_weights)
     places = torch.from_numpy(batch.positions).long()
     seen = torch.from_numpy(batch.segment_ids).long()
-    features = reference.tower(torch.from_numpy(batch.images).permute(0, 3, 1, 2))
+    features = reference.tower(torch.from_numpy(batch.images[:, 0]).permute(0, 3, 1, 2))
 
     extractor = reference.mask_extractor
     linears = (extractor.res2, extractor.res3, extractor.res4, extractor.res5)
@@ -83,7 +83,7 @@ def torch_loss(reference: OspreyReference, batch: Batch) -> torch.Tensor:
     summed = torch.stack([linear(x) for linear, x in zip(linears, pooled, strict=True)]).sum(0)
     first, second, third = extractor.mask_linear.layers
     position = third(
-        F.relu(second(F.relu(first(torch.from_numpy(np.asarray(batch.masks.position)).flatten(2)))))
+        F.relu(second(F.relu(first(torch.from_numpy(np.asarray(batch.masks.position)[:, 0]).flatten(2)))))
     )
 
     named = ids == reference.config.mask_id

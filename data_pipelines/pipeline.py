@@ -2,11 +2,11 @@
 
 What a sample is and where it comes in the stream depends on the seed alone, not on hosts, workers or
 threads: the order is a function from place to sample (Grain's `MapDataset`), and a sample that fails keeps
-its place until the loader has counted it. So the number of places taken is all that a checkpoint needs.
+its place until the loader has counted it. So the number of places taken is all that a checkpoint needs, and,
+where a place holds several samples, how many of its sequences.
 """
 
 import collections
-import dataclasses
 import itertools
 import json
 import logging
@@ -15,17 +15,16 @@ import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeGuard
 
 import grain
-import numpy as np
 from absl import flags
 
-from data_pipelines.order import HostShare, Key, order
+from data_pipelines.encoder import Element, Encoder, Skipped
+from data_pipelines.order import HostShare, order
+from data_pipelines.packing import Bucket, collate, fits
 from data_pipelines.records import Source
-from data_pipelines.transforms import Bucket, Example, LossPer, collate, encode
+from data_pipelines.transforms import Example, LossPer
 from osprey_jax.batch import Batch
 from osprey_jax.config import OspreyConfig
 from osprey_jax.prompt import SYSTEM_TRAINING, Tokenizer
@@ -42,11 +41,13 @@ def make_loader(
     config: OspreyConfig,
     *,
     batch_size: int,
-    buckets: Sequence[Bucket],
+    buckets: Sequence[tuple[int, int]],
     seed: int,
     epochs: float | None = None,
     num_steps: int | None = None,
     weights: Sequence[float] | None = None,
+    share_image: int = 1,
+    images_per_row: int = 1,
     systems: Sequence[str] = (SYSTEM_TRAINING,),
     loss_per: LossPer = "dialogue",
     host: int = 0,
@@ -63,14 +64,19 @@ def make_loader(
       tokenizer: makes the ids.
       config: of the model.
       batch_size: rows of a batch over all hosts.
-      buckets: lengths and region counts to pad to, each at least as large in both as the one before; a batch
-        takes the first that holds it, and a conversation that the last doesn't hold loses turns.
+      buckets: lengths of a row and region counts of an image to pad to, each at least as large in both as the
+        one before; a batch takes the first that holds it. A conversation that the last doesn't hold is split
+        into parts of whole turns, one of which comes in each epoch.
       seed: of order and draws.
       epochs: ends the stream when this many samples were taken as all sources hold together, rounded up to a
-        whole batch.
+        whole batch; not with packing, where only reading tells how many rows they fill.
       num_steps: ends it after this many batches; without either it is endless.
       weights: how often each source is drawn; by default all are shuffled into one another, so that each
         counts by its size and an epoch has every sample once.
+      share_image: how many conversations about one image may stand behind that image's one prefix.
+      images_per_row: how many images a row may hold, with their conversations; rows are filled in the order
+      of
+        the stream.
       systems: the system texts to draw from.
       loss_per: what weighs 1 in the loss: every dialogue, or every labelled token.
       host: the number of this host.
@@ -87,6 +93,10 @@ def make_loader(
     _check(sources, tokenizer, config, weights, buckets, batch_size, num_hosts)
     if epochs is not None and num_steps is not None:
         raise ValueError(f"epochs ({epochs}) and num_steps ({num_steps}) exclude each other")
+    if epochs is not None and max(share_image, images_per_row) > 1:
+        raise ValueError(
+            "packed rows can't be counted before they are read: give a number of steps instead of epochs"
+        )
     if epochs is not None:
         num_steps = math.ceil(epochs * sum(map(len, sources)) / batch_size)
     rows = batch_size // num_hosts
@@ -94,17 +104,19 @@ def make_loader(
         sources=tuple(sources),
         tokenizer=tokenizer,
         config=config,
-        limits=buckets[-1],
+        limits=Bucket(*buckets[-1]),
         systems=tuple(systems),
         loss_per=loss_per,
         seed=seed,
     )
     share = HostShare(rows, host, num_hosts)
-    keys = grain.MapDataset.select_from_datasets([order(sources, weights=weights, seed=seed)], share)
+    places = order(sources, weights=weights, seed=seed, share_image=share_image)
     return Loader(
-        keys.map(encoder),
+        grain.MapDataset.select_from_datasets([places], share).map(encoder),
         rows=rows,
-        buckets=tuple(buckets),
+        images=images_per_row,
+        image_size=config.vision.image_size,
+        buckets=tuple(Bucket(*bucket) for bucket in buckets),
         pad_id=tokenizer.pad_id,
         num_steps=num_steps,
         workers=workers,
@@ -118,6 +130,8 @@ def make_loader(
             "num_hosts": num_hosts,
             "sources": [[source.name, len(source)] for source in sources],
             "weights": None if weights is None else list(map(float, weights)),
+            "share_image": share_image,
+            "images_per_row": images_per_row,
         },
     )
 
@@ -127,7 +141,7 @@ def _check(
     tokenizer: Tokenizer,
     config: OspreyConfig,
     weights: Sequence[float] | None,
-    buckets: Sequence[Bucket],
+    buckets: Sequence[tuple[int, int]],
     batch_size: int,
     num_hosts: int,
 ) -> None:
@@ -160,57 +174,16 @@ class FailingSamples(RuntimeError):
     """Too many samples of the data can't be read or encoded to go on."""
 
 
-class Skipped(NamedTuple):
-    """Stands in the stream for a sample that could not be encoded."""
-
-    sample_id: str
-    reason: str
-    message: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """Reads and encodes a sample; what it draws depends on the seed and the key alone."""
-
-    sources: tuple[Source, ...]
-    tokenizer: Tokenizer
-    config: OspreyConfig
-    limits: Bucket
-    systems: tuple[str, ...]
-    loss_per: LossPer
-    seed: int
-
-    def __call__(self, key: Key) -> Example | Skipped:
-        """Never raises: whatever is wrong with a sample comes back as a `Skipped`."""
-        source = self.sources[key.source]
-        sample_id = f"{source.name}[{key.record}]"
-        try:
-            record = source[key.record]
-            sample_id = record.sample_id
-            # By the source's name: another source in front of it changes nothing.
-            name = zlib.crc32(source.name.encode())
-            rng = np.random.default_rng((self.seed, name, key.epoch, key.record))
-            return encode(
-                record,
-                self.tokenizer,
-                self.config,
-                length=self.limits[0],
-                regions=self.limits[1],
-                system=self.systems[rng.integers(len(self.systems))],
-                loss_per=self.loss_per,
-            )
-        except Exception as error:
-            return Skipped(sample_id, type(error).__name__, str(error))
-
-
 class Loader(Iterator[tuple[Batch, list[str]]]):
     """Yields batches and the ids of their samples; made by `make_loader`."""
 
     def __init__(
         self,
-        examples: grain.MapDataset[Example | Skipped],
+        places: grain.MapDataset[list[Element]],
         *,
         rows: int,
+        images: int,
+        image_size: int,
         buckets: tuple[Bucket, ...],
         pad_id: int,
         num_steps: int | None,
@@ -225,47 +198,62 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self.skipped: collections.Counter[str] = collections.Counter()
         """How many samples were skipped since the start of this process, by the kind of error."""
         self.dropped_turns = 0
-        """Turns that did not fit, since the start of this process."""
-        self._examples = examples
-        self._rows, self._buckets, self._pad_id = rows, buckets, pad_id
+        """Turns of split conversations that were not in this epoch's part, since this process started."""
+        self.dropped_regions = 0
+        """Regions with empty masks, since the start of this process."""
+        self._places = places
+        self._rows, self._images, self._image_size = rows, images, image_size
+        self._buckets, self._pad_id = buckets, pad_id
         self._workers, self._threads, self._ahead = workers, threads, ahead
         self._tolerance = tolerance
         self._identity = identity
-        self._step = self._place = 0
-        self._iterator: grain.DatasetIterator[Example | Skipped] | None = None
+        self._step = 0
+        self._at = (0, 0)  # the next element: its place, and its number among those of the place
+        self._iterator: grain.DatasetIterator[list[Element]] | None = None
+        self._read: collections.deque[Element] = (
+            collections.deque()
+        )  # elements of this place, from the next on
         self._failures: collections.deque[bool] = collections.deque(maxlen=WATCHED)
 
     def __next__(self) -> tuple[Batch, list[str]]:
         if self._step == self.num_steps:
             self.close()
             raise StopIteration
-        if self._iterator is None:
-            self._iterator = self._start()
-        examples: list[Example] = []
-        place = self._place
-        while len(examples) < self._rows:
-            element = next(self._iterator)
-            place += 1
-            if self._accept(element):
-                examples.append(element)
-        self._step, self._place = self._step + 1, place
-        length = max(len(example.input_ids) for example in examples)
+        length = self._buckets[-1].length
+        rows: list[list[Example]] = []
+        while len(rows) < self._rows or self._images > 1:
+            example = self._peek()
+            room = (row for row in rows if fits(row, example, length=length, images=self._images))
+            if self._images > 1 and (row := next(room, None)) is not None:
+                row.append(example)
+            elif len(rows) < self._rows:
+                rows.append([example])
+            else:
+                break
+            self._take(example)
+        self._step += 1
+        examples = [example for row in rows for example in row]
+        tokens = max(sum(len(example.tokens.input_ids) for example in row) for row in rows)
         regions = max(len(example.masks.position) for example in examples)
-        bucket = next(bucket for bucket in self._buckets if bucket[0] >= length and bucket[1] >= regions)
-        return collate(examples, bucket, pad_id=self._pad_id), [example.sample_id for example in examples]
+        bucket = next(b for b in self._buckets if b.length >= tokens and b.regions >= regions)
+        batch = collate(rows, bucket, images=self._images, image_size=self._image_size, pad_id=self._pad_id)
+        return batch, [sample_id for example in examples for sample_id in example.sample_ids]
 
     def left_out(self) -> str:
         """What of the data was not used since the start of this process, in words; empty where all was."""
         skipped = [f"{self.skipped.total()} samples were skipped ({self._reasons()})"] if self.skipped else []
-        turns = [f"{self.dropped_turns} turns did not fit the largest bucket"] if self.dropped_turns else []
-        return "; ".join(skipped + turns)
+        turns = [f"{self.dropped_turns} turns did not fit beside others"] if self.dropped_turns else []
+        empty = [f"{self.dropped_regions} regions have empty masks"] if self.dropped_regions else []
+        return "; ".join(skipped + turns + empty)
 
     def _reasons(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
 
     def get_state(self) -> bytes:
         """JSON from which `set_state` continues after the last batch that was yielded."""
-        return json.dumps({"step": self._step, "place": self._place, "identity": self._identity}).encode()
+        place, taken = self._at
+        state = {"step": self._step, "place": place, "taken": taken, "identity": self._identity}
+        return json.dumps(state).encode()
 
     def set_state(self, state: bytes) -> None:
         """Continues where a loader was when it gave this state, whatever its workers, threads and buckets.
@@ -278,35 +266,60 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
             told = "; ".join(f"{key} was {before.get(key)}, is {self._identity[key]}" for key in changed)
             raise ValueError(f"the data stream of the checkpoint is another one: {told}")
         self.close()
-        self._step, self._place = values["step"], values["place"]
+        self._step, self._at = values["step"], (values["place"], values["taken"])
 
     def close(self) -> None:
         """Ends threads and workers; the next batch would start them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+            self._read.clear()
 
-    def _start(self) -> grain.DatasetIterator[Example | Skipped]:
+    def _start(self) -> grain.DatasetIterator[list[Element]]:
         workers = max(self._workers, 1)
         ahead = max(self._threads, math.ceil(self._ahead / workers))
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead)
-        examples = self._examples[self._place :].to_iter_dataset(options)
+        places = self._places[self._at[0] :].to_iter_dataset(options)
         if self._workers:
             if not flags.FLAGS.is_parsed():
                 # Grain asks for its own, which a program that isn't absl's never parses.
                 flags.FLAGS.mark_as_parsed()
             processes = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=ahead)
-            examples = grain.experimental.WithOptionsIterDataset(
-                examples, grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+            places = grain.experimental.WithOptionsIterDataset(
+                places, grain.experimental.DatasetOptions(min_shm_size=1 << 16)
             )
-            examples = examples.mp_prefetch(processes, worker_init_fn=_start_worker)
-        return iter(examples)
+            places = places.mp_prefetch(processes, worker_init_fn=_start_worker)
+        return iter(places)
 
-    def _accept(self, element: Example | Skipped) -> TypeGuard[Example]:
-        self._failures.append(isinstance(element, Skipped))
-        if isinstance(element, Example):
-            self.dropped_turns += element.dropped_turns
-            return True
+    def _peek(self) -> Example:
+        """The next example, which stays the next one; what was skipped before it is counted."""
+        if self._iterator is None:
+            self._iterator = self._start()
+            self._read.extend(next(self._iterator))
+            for _ in range(self._at[1]):
+                self._read.popleft()
+        while True:
+            while not self._read:
+                self._read.extend(next(self._iterator))
+                self._at = (self._at[0] + 1, 0)
+            if isinstance(element := self._read[0], Example):
+                return element
+            self._advance()
+            self._skip(element)
+
+    def _take(self, example: Example) -> None:
+        """Goes on behind the example that `_peek` gave."""
+        self._advance()
+        self.dropped_turns += example.dropped_turns
+        self.dropped_regions += example.dropped_regions
+        self._failures.extend([False] * len(example.sample_ids))
+
+    def _advance(self) -> None:
+        self._read.popleft()
+        self._at = (self._at[0], self._at[1] + 1)
+
+    def _skip(self, element: Skipped) -> None:
+        self._failures.append(True)
         self.skipped[element.reason] += 1
         _log.warning("skipped %s: %s: %s", *element)
         if sum(self._failures) > self._tolerance * WATCHED:
@@ -314,7 +327,6 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
                 f"more than {self._tolerance:.0%} of the last {WATCHED} samples failed ({self._reasons()}), "
                 f"the last one {element.sample_id}: {element.message}"
             )
-        return False
 
 
 def _start_worker(worker: int, num_workers: int) -> None:

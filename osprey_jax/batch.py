@@ -11,12 +11,12 @@ from osprey_jax.typing import ArrayLike, Float, Int
 
 @flax.struct.dataclass
 class Batch:
-    """Sequences of one padded length, with an image each: NumPy in the loader, on the devices `jax.Array`."""
+    """Sequences of one padded length, with I images each: NumPy in the loader, on devices `jax.Array`."""
 
-    images: Float[ArrayLike, "B Y X 3"]
-    """float32, preprocessed."""
+    images: Float[ArrayLike, "B I Y X 3"]
+    """float32, preprocessed; in the order of their places in the sequence, rows with fewer end in zeros."""
     masks: MaskPyramid
-    """Levels `(B, R, Y, X)` bool, position `(B, R, P, P)` float32; rows with fewer regions end in zeros."""
+    """Levels `(B, I, R, Y, X)` bool, position `(B, I, R, P, P)` float32; fewer regions end in zeros."""
     input_ids: Int[ArrayLike, "B T"]
     """int32; every place of the image holds `IMAGE_TOKEN_ID`."""
     labels: Int[ArrayLike, "B T"]

@@ -21,12 +21,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipelines.conversation import converse
 from data_pipelines.shapes import Scene, Shapes, short_description
 from data_pipelines.shapes.conversations import KINDS, ONE_PHRASE
 from osprey_jax import train
 from osprey_jax.figure import draw_regions
+from osprey_jax.masks import decode_rles
 from osprey_jax.predictor import Osprey
-from osprey_jax.prompt import IMAGE_TOKEN, OVERVIEW, REGION, SYSTEM_INFERENCE, conversation, region_list
+from osprey_jax.prompt import IMAGE_TOKEN, OVERVIEW, SYSTEM_INFERENCE, conversation, region_list
 
 REGIONS = 500
 """Held-out regions that are described."""
@@ -82,11 +84,11 @@ def answer_records(osprey: Osprey, *, size: int) -> Iterator[Row]:
     """The first question of a held-out conversation of each kind."""
     for kind in KINDS:
         record = Shapes(split="held_out", seed=1, size=size, kinds=(kind,))[0]
-        question, truth = record.turns[0]
+        said = converse(record, np.random.default_rng(0))
+        question, truth = said.turns[0]
         assert isinstance(record.image, np.ndarray), "scenes are rendered, not read from files"
-        count = question.count(REGION)
-        opening = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(count)}"
-        masks = record.masks[:count]
+        masks = decode_rles([record.masks[region] for region in said.regions[0]])
+        opening = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(len(masks))}"
         if question.startswith(opening):
             asked = {"role": "user", "content": question.removeprefix(opening)}
             answer = osprey.chat(record.image, masks, [asked], max_new_tokens=LONGEST)

@@ -6,12 +6,14 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from osprey_jax.masks import resize_square
+from osprey_jax.masks import Taps, bilinear_taps, interpolate
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+BLOCK = 64
+"""Rows that are normalised and resized at a time."""
 
 
 def load_image(image: ImageLike) -> np.ndarray:
@@ -47,9 +49,33 @@ def preprocess(image: np.ndarray, *, size: int) -> np.ndarray:
     short, long = sorted((height, width))
     longer = int(size * long / short)
     target = (size, longer) if width <= height else (longer, size)
-    resized = Image.fromarray(image).resize(target, Image.Resampling.BICUBIC)
-    pixels = (np.asarray(resized).astype(np.float32) * np.float32(1 / 255) - MEAN) / STD
-    return resize_square(pixels, size, rows=0)
+    resized = np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BICUBIC))
+    rows, columns = (bilinear_taps(edge, size) for edge in resized.shape[:2])
+    colours = _of_colours(columns)
+    mean, std = (np.tile(values, resized.shape[1]) for values in (MEAN, STD))
+
+    out = np.empty((size, size, 3), np.float32)
+    for start in range(0, size, BLOCK):  # so that all steps find their values in the cache
+        lo, hi, weight = (tap[start : start + BLOCK] for tap in rows)
+        first = lo[0]
+        pixels = resized[first : hi[-1] + 1].reshape(-1, len(mean)).astype(np.float32)
+        pixels *= np.float32(1 / 255)
+        pixels -= mean
+        pixels /= std
+        # An edge that has its size already reads each pixel alone.
+        if resized.shape[1] != size:
+            pixels = interpolate(pixels, colours, axis=1)
+        if resized.shape[0] != size:
+            pixels = interpolate(pixels, (lo - first, hi - first, weight), axis=0)
+        out[start : start + BLOCK] = pixels[: len(lo)].reshape(-1, size, 3)
+    return out
+
+
+def _of_colours(taps: Taps) -> Taps:
+    """Taps of pixels made those of rows that are flat, three values a pixel."""
+    lo, hi, weight = taps
+    colours = np.arange(3)
+    return (lo[:, None] * 3 + colours).ravel(), (hi[:, None] * 3 + colours).ravel(), np.repeat(weight, 3)
 
 
 def _read(image: str | os.PathLike | Image.Image) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Region masks: what users give, COCO's encodings, and the mask pyramid that the model takes (NumPy)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,9 @@ from pycocotools import mask as coco_mask
 if TYPE_CHECKING:  # which imports JAX
     from osprey_jax.typing import ArrayLike
 
+
+Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""What `bilinear_taps` gives."""
 
 MAX_COORDINATE = 1_000_000
 """Polygons beyond it, in pixels, are refused."""
@@ -23,7 +26,7 @@ class MaskPyramid(NamedTuple):
     """`(..., R, P, P)` float32 in [0, 1]: the mask resized, not binarised."""
 
 
-def bilinear_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def bilinear_taps(in_size: int, out_size: int) -> Taps:
     """The two source indices of each target pixel, and the second one's weight.
 
     Half-pixel centres, no antialiasing, in float32 with one rounding after the multiply-add, which is how
@@ -39,44 +42,46 @@ def bilinear_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, 
     return lo, hi, (source - lo.astype(np.float32)).astype(np.float32)
 
 
-def resize_square(x: np.ndarray, size: int, *, rows: int) -> np.ndarray:
-    """Resizes the axis `rows` and the columns after it to `size` by `bilinear_taps`; gives float32."""
-    for axis in (rows + 1, rows):
-        # An axis that has its size already reads each element alone.
-        if x.shape[axis] != size:
-            low, high, weight = bilinear_taps(x.shape[axis], size)
-            weight = weight.reshape(-1, *(1,) * (x.ndim - 1 - axis))
-            x = x.take(low, axis) * (np.float32(1) - weight) + x.take(high, axis) * weight
-    return x.astype(np.float32, copy=False)
+def interpolate(x: np.ndarray, taps: Taps, *, axis: int) -> np.ndarray:
+    """Resizes one axis of `x`, bool or float32, to as many places as `taps` are for; gives float32."""
+    lo, hi, weight = taps
+    weight = weight.reshape(-1, *(1,) * (x.ndim - 1 - axis))
+    near = x.take(lo, axis) * (np.float32(1) - weight)
+    near += x.take(hi, axis) * weight
+    return near
 
 
 def mask_pyramid(masks: np.ndarray, *, level_sizes: Sequence[int], position_size: int) -> MaskPyramid:
     """Resizes `(R, h, w)` bool masks from their own resolution to every level and to the position size.
 
     Each target pixel reads its four neighbours and nothing else, so a thin mask can vanish at a coarse
-    level; a level is True where the interpolated value is above zero. `R` may be 0.
+    level; a level is True where the interpolated value is above zero. `R` may be 0. Masks that lie in memory
+    column by column, as `decode_rles` gives them, are read as they lie.
     """
     if masks.ndim != 3:
         raise ValueError(f"masks must be (R, h, w), got {masks.shape}")
-    masks = masks.astype(bool)
-    levels = tuple(_binary_level(masks, side) for side in level_sizes)
-    return MaskPyramid(levels=levels, position=resize_square(masks, position_size, rows=1))
+    turn = (0, 2, 1) if masks.strides[1] < masks.strides[2] else (0, 1, 2)
+    lying = np.ascontiguousarray(masks.transpose(turn), dtype=bool)
+    position = lying
+    for axis in (turn[2], turn[1]):  # columns first, so that the layout doesn't decide how sums are rounded
+        position = interpolate(position, bilinear_taps(position.shape[axis], position_size), axis=axis)
+    return MaskPyramid(
+        levels=tuple(
+            np.ascontiguousarray(_binary_level(lying, side).transpose(turn)) for side in level_sizes
+        ),
+        position=np.ascontiguousarray(position.transpose(turn)),
+    )
 
 
 def _binary_level(masks: np.ndarray, side: int) -> np.ndarray:
     """Above zero exactly where a neighbour of non-zero weight is set: no arithmetic needed."""
-    rows, columns = (_nonzero_taps(size, side) for size in masks.shape[1:])
-    out = np.zeros((masks.shape[0], side, side), bool)
-    for row in rows:
-        picked = masks[:, row]
-        for column in columns:
-            out |= picked[:, :, column]
-    return out
-
-
-def _nonzero_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray]:
-    lo, hi, weight = bilinear_taps(in_size, out_size)
-    return lo, np.where(weight > 0, hi, lo)
+    for axis in (1, 2):
+        lo, hi, weight = bilinear_taps(masks.shape[axis], side)
+        near = masks.take(lo, axis)
+        if weight.any():
+            near |= masks.take(np.where(weight > 0, hi, lo), axis)
+        masks = near
+    return masks
 
 
 def as_masks(masks: "ArrayLike | Iterable[ArrayLike]", image_size: tuple[int, int]) -> np.ndarray:
@@ -115,8 +120,8 @@ def as_masks(masks: "ArrayLike | Iterable[ArrayLike]", image_size: tuple[int, in
     return inside
 
 
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Rasterises a COCO `segmentation` to a `(height, width)` bool mask.
+def segmentation_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Checks a COCO `segmentation` and gives it as COCO's compressed RLE, `counts` a str, without decoding.
 
     Takes a list of polygons (`[x0, y0, x1, y1, …]`), an uncompressed RLE (`counts` a list) or a compressed
     RLE (`counts` a string).
@@ -130,7 +135,37 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         rle = _checked_rle(segmentation, height, width)
     else:
         raise ValueError(f"a segmentation is a list of polygons or an RLE, got {type(segmentation).__name__}")
-    return coco_mask.decode(rle).astype(bool)
+    counts = rle["counts"]
+    return {"size": [height, width], "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Rasterises what `segmentation_rle` takes to a `(height, width)` bool mask; raises what it raises."""
+    return decode_rles([segmentation_rle(segmentation, height, width)])[0]
+
+
+def decode_rles(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Decodes compressed RLEs of one size, as `segmentation_rle` gives them, to `(R, h, w)` bool.
+
+    Each mask lies in memory column by column. Without any RLE the shape is `(0, 1, 1)`.
+
+    Raises:
+      ValueError: RLEs of several sizes, or malformed ones.
+    """
+    if not rles:
+        return np.zeros((0, 1, 1), bool)
+    if len(sizes := {tuple(rle["size"]) for rle in rles}) > 1:
+        raise ValueError(f"all RLEs must have one size, got {', '.join(map(str, sorted(sizes)))}")
+    ((height, width),) = sizes
+    runs = [_checked_runs(rle["counts"], height, width) for rle in rles]
+    inside = np.concatenate([np.arange(len(lengths)) % 2 == 1 for lengths in runs])
+    columns = np.repeat(inside, np.concatenate(runs)).reshape(-1, width, height)
+    return columns.transpose(0, 2, 1)
+
+
+def rle_area(rle: Mapping[str, Any]) -> int:
+    """The number of pixels inside a compressed RLE."""
+    return int(coco_mask.area(rle))
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -161,35 +196,43 @@ def _checked_rle(rle: dict, height: int, width: int) -> dict:
     if not isinstance(rle["size"], list | tuple) or list(rle["size"]) != [height, width]:
         raise ValueError(f"the RLE is {rle['size']} (height, width), expected {[height, width]}")
     counts = rle["counts"]
-    if isinstance(counts, list):
-        if not all(isinstance(v, int) and v >= 0 for v in counts):
-            raise ValueError("an RLE's counts must be non-negative integers")
-        total = sum(counts)
-    elif isinstance(counts, str | bytes):
-        total = sum(runs) if (runs := _runs(counts)) is not None and min(runs, default=0) >= 0 else -1
-    else:
+    if isinstance(counts, str | bytes):
+        _checked_runs(counts, height, width)
+        return {"size": [height, width], "counts": counts}
+    if not isinstance(counts, list):
         raise ValueError(f"an RLE's counts are a list or a string, got {type(counts).__name__}")
-    if total != height * width:
-        raise ValueError(f"the RLE's counts do not add up to its {height} x {width} pixels")
-    if isinstance(counts, list):
-        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": counts}
+    if not all(isinstance(v, int) and v >= 0 for v in counts):
+        raise ValueError("an RLE's counts must be non-negative integers")
+    if sum(counts) != height * width:
+        raise _wrong_sum(height, width)
+    return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
-def _runs(counts: str | bytes) -> list[int] | None:
+def _checked_runs(counts: str | bytes, height: int, width: int) -> np.ndarray:
+    runs = _runs(counts)
+    if runs is None or (runs < 0).any() or runs.sum() != height * width:
+        raise _wrong_sum(height, width)
+    return runs
+
+
+def _wrong_sum(height: int, width: int) -> ValueError:
+    return ValueError(f"the RLE's counts do not add up to its {height} x {width} pixels")
+
+
+def _runs(counts: str | bytes) -> np.ndarray | None:
     """Run lengths of a compressed RLE (5 bits a character, differences from the third run on), or None."""
-    data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
-    runs: list[int] = []
-    value = shift = 0
-    for byte in data:
-        chunk = byte - 48
-        if not 0 <= chunk < 64 or shift > 60:
-            return None
-        value |= (chunk & 0x1F) << shift
-        shift += 5
-        if not chunk & 0x20:
-            if chunk & 0x10:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs if shift == 0 else None
+    data = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
+    chunks = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(chunks & 0x20 == 0)
+    if not len(last) or last[-1] + 1 < len(chunks) or chunks.min() < 0 or chunks.max() > 63:
+        return None
+    first = np.append(0, last[:-1] + 1)
+    length = last + 1 - first
+    if length.max() > 7:  # characters, for 32 bits and the sign
+        return None
+    shifts = 5 * (np.arange(len(chunks)) - np.repeat(first, length))
+    runs = np.add.reduceat((chunks & 0x1F) << shifts, first)
+    runs -= (chunks[last] & 0x10) << (5 * length - 4)
+    for start in (1, 2):
+        runs[start::2] = np.cumsum(runs[start::2])
+    return runs

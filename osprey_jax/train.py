@@ -290,8 +290,7 @@ def make_loss_sums(model: Osprey) -> Callable[[Params, Params, Batch], tuple[Arr
     def sums(trained: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
         logits: Any = model.apply(
             {"params": merge(trained, frozen)},
-            batch.images,
-            batch.masks,
+            *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.images, batch.masks)),
             batch.input_ids,
             positions=batch.positions,
             segment_ids=batch.segment_ids,

@@ -6,6 +6,7 @@ One key for every annotation and einsum of the package:
     N query heads     K key/value heads G query heads per key/value head (N / K)
     H head size       D model width     F feed-forward width   V vocabulary   L layers
     Y X rows and columns of a feature map or a model-sized mask     C channels
+    I images of a sequence
     R regions         h w rows and columns of an image or mask at its own resolution
 """
 

@@ -107,3 +107,20 @@ def test_shrinking_is_antialiased() -> None:
     image = np.repeat(board[:, :, None], 3, 2).astype(np.uint8)
     found = preprocess(image, size=32) * STD + MEAN
     np.testing.assert_allclose(found, 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(100, 160), (160, 100), (37, 41), (150, 150)])
+def test_values_agree_with_float64_arithmetic_on_pillows_bicubic(shape: tuple[int, int]) -> None:
+    """A size that isn't a multiple of the rows done at a time; both orientations and none."""
+    size = 150
+    image = np.random.default_rng(2).integers(0, 256, (*shape, 3), np.uint8)
+    height, width = (int(size * edge / min(shape)) for edge in shape)
+    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    values = (resized / 255 - MEAN.astype(float)) / STD.astype(float)
+    places = [((np.arange(size) + 0.5) * edge / size - 0.5).clip(0) for edge in (height, width)]
+    for axis, (place, edge) in enumerate(zip(places, (height, width), strict=True)):
+        lo, hi = place.astype(int), np.minimum(place.astype(int) + 1, edge - 1)
+        weight = (place - lo).reshape((-1, 1, 1) if axis == 0 else (-1, 1))
+        values = values.take(lo, axis) * (1 - weight) + values.take(hi, axis) * weight
+    # Places in float32 are off by some units in the last place, times the step between two pixels of noise.
+    np.testing.assert_allclose(preprocess(image, size=size), values, rtol=0, atol=5e-5)

@@ -2,10 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from torch.nn import functional as F
 
-from osprey_jax.masks import as_masks, decode_segmentation, encode_rle, mask_pyramid
+from osprey_jax.masks import (
+    as_masks,
+    decode_rles,
+    decode_segmentation,
+    encode_rle,
+    mask_pyramid,
+    rle_area,
+    segmentation_rle,
+)
 
 SIZE = (5, 7)
 MASKS = np.random.default_rng(0).random((3, *SIZE)) < 0.4
@@ -89,6 +99,50 @@ def test_an_uncompressed_rle_counts_down_the_columns() -> None:
     assert mask.astype(int).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
+def test_every_kind_of_segmentation_becomes_the_compressed_rle_of_pycocotools() -> None:
+    merged = coco_mask.merge(coco_mask.frPyObjects(POLYGONS, *SIZE))
+    expected = {"size": [5, 7], "counts": merged["counts"].decode()}
+    mask = coco_mask.decode(merged)
+    changes = np.flatnonzero(np.diff(mask.ravel("F"))) + 1
+    runs = np.diff([0, *changes, mask.size]).tolist()
+    uncompressed = {"size": [5, 7], "counts": [0, *runs] if mask[0, 0] else runs}
+    for given in (POLYGONS, merged, expected, uncompressed):
+        assert segmentation_rle(given, *SIZE) == expected
+
+
+def test_rles_are_decoded_as_pycocotools_does() -> None:
+    """Runs of one to five characters, differences of both signs, and none of a colour."""
+    rng = np.random.default_rng(0)
+    for height, width, density in ((1, 1, 0.5), (5, 7, 0.4), (300, 500, 0.001), (300, 500, 0.6)):
+        masks = rng.random((4, height, width)) < density
+        masks[2], masks[3] = False, True
+        theirs = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
+        expected = coco_mask.decode(theirs).transpose(2, 0, 1)
+        for rles in (theirs, [encode_rle(mask) for mask in masks], tuple(theirs)):
+            found = decode_rles(rles)
+            assert found.dtype == bool
+            np.testing.assert_array_equal(found, expected)
+    long = {
+        "size": [30_000, 100],
+        "counts": coco_mask.encode(np.ones((30_000, 100), np.uint8, "F"))["counts"],
+    }
+    assert decode_rles([long]).all()
+    assert decode_rles([{"size": [2, 3], "counts": "123"}]).astype(int).tolist() == [[[0, 1, 0], [1, 0, 0]]]
+
+
+def test_no_rles_are_no_masks_and_several_sizes_are_refused() -> None:
+    assert (decode_rles([]).shape, decode_rles([]).dtype) == ((0, 1, 1), bool)
+    with pytest.raises(ValueError, match=r"all RLEs must have one size, got \(2, 3\), \(3, 2\)"):
+        decode_rles([{"size": [3, 2], "counts": "6"}, {"size": [2, 3], "counts": "6"}])
+    with pytest.raises(ValueError, match="do not add up to its 2 x 3 pixels"):  # as a sum over both they do
+        decode_rles([{"size": [2, 3], "counts": "7"}, {"size": [2, 3], "counts": "5"}])
+
+
+def test_the_area_of_an_rle_counts_its_pixels() -> None:
+    for mask in (*MASKS, np.zeros(SIZE, bool), np.ones(SIZE, bool)):
+        assert rle_area(encode_rle(mask)) == mask.sum()
+
+
 def test_large_random_masks_survive_compression() -> None:
     """Runs longer than five bits, and differences of both signs."""
     rng = np.random.default_rng(0)
@@ -114,6 +168,11 @@ def test_large_random_masks_survive_compression() -> None:
         ({"size": [5, 7], "counts": "@@@"}, "do not add up"),
         ({"size": [5, 7], "counts": encode_rle(MASKS[0])["counts"][:-1]}, "do not add up"),
         ({"size": [5, 7], "counts": ""}, "do not add up"),
+        ({"size": [5, 7], "counts": "X1K"}, "do not add up"),  # 40 - 5
+        ({"size": [5, 7], "counts": "S"}, "do not add up"),  # begins a number and ends
+        ({"size": [5, 7], "counts": "S" + 20 * "P" + "1"}, "do not add up"),  # 35 in 22 characters
+        ({"size": [5, 7], "counts": "S1\ud8000"}, "do not add up"),
+        ({"size": [5, 7], "counts": b"S1\xff"}, "do not add up"),
         ("polygon", "a segmentation is a list of polygons or an RLE, got str"),
         (None, "got NoneType"),
     ],
@@ -121,6 +180,27 @@ def test_large_random_masks_survive_compression() -> None:
 def test_malformed_segmentations_are_refused(segmentation: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode_segmentation(segmentation, *SIZE)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (60, 37), (5, 90), (24, 12)])
+def test_a_pyramid_does_not_depend_on_how_masks_lie_in_memory(size: tuple[int, int]) -> None:
+    masks = np.random.default_rng(2).random((3, *size)) < 0.2
+    by_column = decode_rles([encode_rle(mask) for mask in masks])
+    assert by_column.strides[1] < by_column.strides[2]
+    every_other = np.repeat(masks, 2, axis=2)[:, :, ::2]
+    expected = {
+        side: F.interpolate(torch.from_numpy(masks).float()[None], (side, side), mode="bilinear")[0].numpy()
+        for side in (24, 12, 6)
+    }
+    for given in (masks, by_column, every_other):
+        pyramid = mask_pyramid(given, level_sizes=(12, 6), position_size=24)
+        for level, side in zip(pyramid.levels, (12, 6), strict=True):
+            np.testing.assert_array_equal(level, expected[side] > 0)
+        np.testing.assert_allclose(pyramid.position, expected[24], rtol=0, atol=2e-7)
+    np.testing.assert_array_equal(
+        mask_pyramid(masks, level_sizes=(), position_size=24).position,
+        mask_pyramid(by_column, level_sizes=(), position_size=24).position,
+    )
 
 
 def test_a_pyramid_of_no_regions_keeps_its_shapes() -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from data_pipelines.records import Turn
 from data_pipelines.shapes import words
 from data_pipelines.shapes.drawing import COLOURS, PARTS, SHAPES, TEXTURES
 from data_pipelines.shapes.scene import SIZES, Scene
@@ -32,9 +33,12 @@ _QUESTIONS = 3
 
 
 class Conversation(NamedTuple):
-    """Turns in the final strings of the prompt, and the scene's region behind each `<mask><pos>` in them."""
+    """An opening, what follows it, and the scene's regions that both are about."""
 
-    turns: tuple[tuple[str, str], ...]
+    opening: str
+    opening_regions: tuple[int, ...]
+    """As those of the turns: indices into `regions`."""
+    turns: tuple[Turn, ...]
     regions: tuple[int, ...]
 
 
@@ -198,12 +202,15 @@ def _protocol(
 
 def _listed(turns: Sequence[tuple[str, str]], order: Sequence[int]) -> Conversation:
     """Questions that call the regions region1, region2 and so on, after a list of them."""
-    return _opened(OPENING + region_list(len(order)), turns, order)
+    opening = OPENING + region_list(len(order))
+    asked = tuple(Turn(question, answer) for question, answer in turns)
+    return Conversation(opening, tuple(range(len(order))), asked, tuple(order))
 
 
 def _opened(opening: str, turns: Sequence[tuple[str, str]], order: Sequence[int]) -> Conversation:
-    (question, answer), *others = turns
-    return Conversation(((opening + question, answer), *others), tuple(order))
+    """Each question names the next region."""
+    asked = tuple(Turn(question, answer, (index,)) for index, (question, answer) in enumerate(turns))
+    return Conversation(opening, (), asked, tuple(order))
 
 
 def _shuffled(rng: np.random.Generator, count: int) -> list[int]:

@@ -1,12 +1,14 @@
 """The scenes as a source of records; nothing is stored, an index is all that a record takes."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from data_pipelines.records import Record
 from data_pipelines.shapes.conversations import KINDS, converse
 from data_pipelines.shapes.scene import Scene, render
+from osprey_jax.masks import encode_rle
 
 SPLITS = ("train", "held_out")
 """Scenes of different splits are never the same, whatever their seeds."""
@@ -46,14 +48,29 @@ class Shapes:
         """Names the source in configurations and messages."""
         return "shapes"
 
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Nothing ever is."""
+        return {}
+
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
         scene = self.scene(index)
-        turns, regions = converse(scene, self._rng(index, "words"), kinds=self.kinds or tuple(KINDS))
-        sample_id = f"{self.name}/{self.split}/{self.seed}/{index}"
-        return Record(sample_id, scene.image, scene.masks[list(regions)], turns)
+        said = converse(scene, self._rng(index, "words"), kinds=self.kinds or tuple(KINDS))
+        return Record(
+            sample_id=self.image_key(index),
+            image=scene.image,
+            masks=tuple(encode_rle(scene.masks[region]) for region in said.regions),
+            turns=said.turns,
+            opening=said.opening,
+            opening_regions=said.opening_regions,
+        )
+
+    def image_key(self, index: int) -> str:
+        """Each record has a scene of its own."""
+        return f"{self.name}/{self.split}/{self.seed}/{index}"
 
     def scene(self, index: int) -> Scene:
         """The scene that the record of this index is about; IndexError outside of 0 to `count` - 1."""

@@ -80,7 +80,9 @@ def _texts() -> Iterator[str]:
     turns: set[tuple[str, str]] = set()
     for scene in map(source.scene, range(len(source))):
         for kind in KINDS:
-            turns.update(converse(scene, rng, kinds=(kind,)).turns)
+            said = converse(scene, rng, kinds=(kind,))
+            first, *others = ((turn.question, turn.answer) for turn in said.turns)
+            turns.update([(said.opening + first[0], first[1]), *others])
     for turn in turns:
         yield conversation([turn], system=SYSTEM_TRAINING)
     for protocol in PROTOCOLS.values():

@@ -2,7 +2,8 @@
 
 Reference: Yuan et al., Osprey, arXiv 2312.10032.
 Differs: sequences have static shapes. An image occupies `num_image_tokens` places of `input_ids`, each
-holding `IMAGE_TOKEN_ID`; every `<mask>` and `<pos>` occupies one.
+holding `IMAGE_TOKEN_ID`; every `<mask>` and `<pos>` occupies one. A sequence may hold several images, one
+after another with their regions behind them: then `images` and masks have as many rows for each of its rows.
 """
 
 from collections.abc import Callable
@@ -72,15 +73,25 @@ class Osprey(nn.Module):
         return VisualTokens(image=_whole(image), mask=_whole(mask), position=_whole(position))
 
     def embed(self, input_ids: Int[Array, "B T"], tokens: VisualTokens) -> Float[Array, "B T D"]:
-        """Embeds text ids and puts the visual tokens in their places, each kind in order of appearance."""
-        kinds = (
-            (IMAGE_TOKEN_ID, tokens.image),
+        """Embeds text ids and puts the visual tokens in their places, each kind in order of appearance.
+
+        `tokens` has I rows for each row of `input_ids`: its images, in order; each has its regions behind it.
+        """
+        rows, dim = input_ids.shape[0], tokens.image.shape[-1]
+        is_image = input_ids == IMAGE_TOKEN_ID
+        x = _whole(self.decoder.embed(jnp.clip(input_ids, 0, self.config.decoder.vocab_size - 1)))
+        x = splice(x, is_image, tokens.image.reshape(rows, -1, dim))
+        for token_id, values in (
             (self.config.mask_token_id, tokens.mask),
             (self.config.position_token_id, tokens.position),
-        )
-        x = _whole(self.decoder.embed(jnp.clip(input_ids, 0, self.config.decoder.vocab_size - 1)))
-        for token_id, values in kinds:
-            x = splice(x, input_ids == token_id, values)
+        ):
+            places, values_of_row = input_ids == token_id, values.reshape(rows, -1, dim)
+            order = None
+            if values.shape[0] > rows:
+                order = _region_order(
+                    places, is_image, regions=values.shape[1], image_tokens=tokens.image.shape[1]
+                )
+            x = splice(x, places, values_of_row, order)
         return x
 
     def decode(
@@ -110,7 +121,7 @@ class Osprey(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "B Y X 3"],
+        images: Float[Array, "BI Y X 3"],
         masks: MaskPyramid,
         input_ids: Int[Array, "B T"],
         *,
@@ -118,7 +129,10 @@ class Osprey(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         prefix_segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Float32 logits of whole sequences, one image each; positions 0..T-1 of one segment by default."""
+        """Float32 logits of whole sequences; positions 0..T-1 of one segment by default.
+
+        `images` and `masks` have I rows for each row of `input_ids`, as many as there may be images in it.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1])[None, :], input_ids.shape)
         if segment_ids is None:
@@ -144,14 +158,29 @@ def _whole(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def splice(
-    x: Float[Array, "B T D"], places: Bool[Array, "B T"], values: Float[Array, "B _ D"]
+    x: Float[Array, "B T D"],
+    places: Bool[Array, "B T"],
+    values: Float[Array, "B _ D"],
+    order: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Replaces the k-th marked place of each row of `x` by the row's k-th value."""
+    """Replaces each row's k-th marked place by its k-th value, or by the one that `order` names."""
     if values.shape[1] == 0:
         return x
-    order = jnp.maximum(jnp.cumsum(places, axis=1, dtype=jnp.int32) - 1, 0)
+    if order is None:
+        order = jnp.maximum(jnp.cumsum(places, axis=1, dtype=jnp.int32) - 1, 0)
     chosen = jnp.take_along_axis(values, order[:, :, None], axis=1, mode="clip")
     return jnp.where(places[:, :, None], chosen.astype(x.dtype), x)
+
+
+def _region_order(
+    places: Bool[Array, "B T"], is_image: Bool[Array, "B T"], *, regions: int, image_tokens: int
+) -> Int[Array, "B T"]:
+    """Which value belongs to each place: each image has `regions` of them, of which some are padding."""
+    images = jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1
+    seen = jnp.cumsum(places, axis=1, dtype=jnp.int32)
+    begins = is_image & (images % image_tokens == 0)
+    before = jax.lax.cummax(jnp.where(begins, seen, 0), axis=1)
+    return jnp.maximum(images, 0) // image_tokens * regions + jnp.maximum(seen - 1 - before, 0)
 
 
 def _init(config: OspreyConfig, key: Array) -> Params:

@@ -8,7 +8,14 @@ import itertools
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data_pipelines.conversation import converse
+from data_pipelines.records import Record
 from data_pipelines.shapes import Scene, Shapes
+
+
+def turns_of(record: Record) -> tuple[tuple[str, str], ...]:
+    """Questions and answers of a scene's record, which has nothing to draw."""
+    return converse(record, np.random.default_rng(0)).turns
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import pytest
 
 from data_pipelines.records import Record
 from data_pipelines.shapes import Shapes, short_description
+from osprey_jax.masks import decode_rles
 from tests.data_pipelines.scene_reader import (
     INDICES,
     SHAPES,
@@ -15,6 +16,7 @@ from tests.data_pipelines.scene_reader import (
     nearest,
     seen,
     stands,
+    turns_of,
     words_of,
 )
 
@@ -39,7 +41,7 @@ KINDS = {
 
 
 def kind_of(record: Record) -> str:
-    first = record.turns[0][0]
+    first = turns_of(record)[0][0]
     found = [kind for kind, look in KINDS.items() if first.startswith(look) or re.search(look, first)]
     assert len(found) == 1, (first, found)
     return found[0]
@@ -54,9 +56,9 @@ def conversations(kind: str):
         assert np.array_equal(record.image, scene.image)
         order = [
             next(i for i, mask in enumerate(scene.masks) if np.array_equal(mask, named))
-            for named in record.masks
+            for named in decode_rles(record.masks)
         ]
-        yield scene, things, order, record.turns
+        yield scene, things, order, turns_of(record)
 
 
 def one_by_one(kind: str):
@@ -135,7 +137,7 @@ def test_many_false_claims_are_true_of_another_object() -> None:
         words = [
             {thing.size, thing.texture, thing.colour, thing.name} for thing in Shapes().scene(index).regions
         ]
-        for question, answer in Shapes(kinds=("yes_no",))[index].turns:
+        for question, answer in turns_of(Shapes(kinds=("yes_no",))[index]):
             if answer == "No":
                 claim = set(question.partition(f"{REGION} a ")[2].rstrip("?").split())
                 elsewhere.append(any(claim <= said for said in words))
@@ -217,7 +219,7 @@ def test_relations_are_true() -> None:
 def test_no_word_of_a_question_tells_yes_from_no() -> None:
     truths: dict[str, list[bool]] = {}
     for record in map(Shapes(kinds=("yes_no", "compare")).__getitem__, range(1300)):
-        for question, answer in record.turns:
+        for question, answer in turns_of(record):
             if answer in ("Yes", "No"):
                 text = asked(question, [0] * 9)[0]
                 for word in {"any", *re.findall(r"\w+", text.rpartition(REGION)[2] or text)}:
@@ -237,7 +239,7 @@ def test_every_kind_occurs_and_short_ones_dominate() -> None:
 
 def test_masks_belong_to_the_placeholders_in_order_of_appearance() -> None:
     for record in map(Shapes().__getitem__, range(60)):
-        text = "".join(question + answer for question, answer in record.turns)
-        assert record.turns[0][0].startswith("<image>\n")
+        text = "".join(question + answer for question, answer in turns_of(record))
+        assert turns_of(record)[0][0].startswith("<image>\n")
         assert (text.count("<image>"), text.count(REGION)) == (1, len(record.masks))
         assert text.count("<mask>") == text.count("<pos>") == text.count(REGION)

@@ -47,8 +47,8 @@ def batch_of(pair: "bridge.Pair") -> Batch:
         pyramids.append(jax.tree.map(lambda x, missing=missing: np.pad(x, missing), pair.pyramid(masks)))
         pixels.append(pair.reference.preprocess(image).numpy().transpose(0, 2, 3, 1))
     return Batch(
-        images=np.concatenate(pixels),
-        masks=jax.tree.map(lambda *x: np.concatenate(x), *pyramids),
+        images=np.stack(pixels),
+        masks=jax.tree.map(lambda *x: np.stack(x), *pyramids),
         input_ids=input_ids,
         labels=labels,
         loss_weights=weights,
