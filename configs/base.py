@@ -14,6 +14,10 @@ def get_config() -> ConfigDict:
 
     # Of the first parameters, and of the order of the data.
     config.seed = 0
+    # A checkpoint whose parameters the first step begins with, and whose sizes and tokenizer count; empty:
+    # fresh parameters of the sizes in `config.model`.
+    config.init_from = ""
+
     # Updates, or 0 for so many that every source is gone through `epochs` times; then those are 0.
     config.steps = 0
     config.epochs = 2.0
@@ -47,20 +51,32 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 500
     # The newest ones that stay. With one alone nothing could stand in for a damaged one.
     config.keep_checkpoints = 3
-    # The loss of so many batches that are never trained on; 0 for none.
-    config.eval_every = 500
+    # The loss of so many batches of `data.held_out`; 0 for none.
+    config.eval_every = 0
     config.eval_batches = 8
 
     config.data = ConfigDict(
         {
-            # Names of data sets. Without weights each counts by its size.
+            # Where the data sets are: `python -m data_pipelines --help` tells their places under it.
+            "root": "",
+            # Names of data sets, "custom:FILE.jsonl" for your own, or directories that `python -m
+            # data_pipelines prepare` wrote. Without weights each counts by its size.
             "sources": (),
             "weights": (),
-            # A directory with tokenizer.model or tokenizer.json; empty: the one that belongs to shapes.
+            # The same, of data that isn't trained on.
+            "held_out": (),
+            # A directory with tokenizer.model or tokenizer.json; empty: that of `init_from`, or of shapes.
             "tokenizer": "",
-            # Lengths and numbers of regions that batches are padded to. The last is also the limit: turns at
-            # the end of a conversation that don't fit are left out. Image tokens count.
+            # Lengths of rows and numbers of an image's regions that batches are padded to. The last is also
+            # the limit: a conversation that doesn't fit is split between turns, and each epoch has another
+            # part of it. Image tokens count.
             "buckets": ((2048, 32),),
+            # How many conversations about one image may stand behind its one prefix, and how many images a
+            # row may hold. What is learned from each is the same; above 1 give `steps`, not `epochs`.
+            "share_image": 1,
+            "images_per_row": 1,
+            # The share of broken samples, of the last 1,000, beyond which training stops and names them.
+            "tolerance": 0.05,
             # System texts that conversations draw from: "training" and "inference" (see `osprey_jax.prompt`).
             "systems": ("training",),
             # What weighs the same in the loss: every "dialogue" or every "token".

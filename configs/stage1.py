@@ -1,9 +1,11 @@
 """Stage 1, image-text alignment: the projector learns to carry the tower's features over to the decoder.
 
-    python -m osprey_jax.train --config=configs/stage1.py --workdir=runs/stage1
+    python -m osprey_jax.train --config=configs/stage1.py --workdir=runs/stage1 \
+        --config.init_from=checkpoints/start --config.data.root=DATA
 
+Start: Vicuna and the CLIP tower, put together by `convert_torch_ckpt.py` (README).
 Hardware: meant for eight devices of 80 GB.
-Data: LLaVA's 558 thousand captions, which this version can't read yet.
+Data: LLaVA's 558 thousand captions; what is missing under DATA is told before the first step.
 """
 
 from ml_collections import ConfigDict
@@ -21,4 +23,5 @@ def get_config() -> ConfigDict:
     config.trained = ("projector/.*",)
     config.mesh.fsdp = 8
     config.data.sources = ("llava_pretrain",)
+    config.data.buckets = ((1152, 1),)
     return config

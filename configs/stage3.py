@@ -1,9 +1,10 @@
 """Stage 3, end to end: projector, extractor and decoder learn to follow instructions about regions.
 
-    python -m osprey_jax.train --config=configs/stage3.py --workdir=runs/stage3
+    python -m osprey_jax.train --config=configs/stage3.py --workdir=runs/stage3 \
+        --config.init_from=runs/stage2/export --config.data.root=DATA
 
 Hardware: meant for four devices of 80 GB.
-Data: Osprey-724K, Visual Genome and VCR, which this version can't read yet.
+Data: Osprey-724K, Visual Genome and VCR; what is missing under DATA is told before the first step.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ def get_config() -> ConfigDict:
         "osprey_part_level",
         "osprey_lvis",
         "osprey_detailed",
-        "visual_genome",
+        "vg",
         "vcr",
     )
     return config

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.dtype = config.frozen_dtype = "float32"
     config.checkpoint_every = 500
     config.eval_every = 500
-    config.data.sources = ("shapes",)
+    config.data.sources = config.data.held_out = ("shapes",)
     config.data.buckets = ((224, 7),)
     config.data.systems = ("training", "inference")
     config.model = ConfigDict(tiny().to_dict())

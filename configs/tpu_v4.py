@@ -1,8 +1,9 @@
 """Stage 3 on a TPU v4 pod slice.
 
-    python -m osprey_jax.train --config=configs/tpu_v4.py --workdir=gs://BUCKET/stage3
+    python -m osprey_jax.train --config=configs/tpu_v4.py --workdir=gs://BUCKET/stage3 \
+        --config.init_from=gs://BUCKET/stage2/export --config.data.root=DATA
 
-Hardware: meant for v4-32, which is 16 chips. Data: as in `stage3.py`, not readable yet in this version.
+Hardware: meant for v4-32, which is 16 chips. Data: as in `stage3.py`.
 """
 
 from ml_collections import ConfigDict

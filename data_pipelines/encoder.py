@@ -7,6 +7,7 @@ from typing import NamedTuple
 from data_pipelines.conversation import draws, sample_rng
 from data_pipelines.order import Key, Place
 from data_pipelines.packing import Bucket, behind_one_prefix
+from data_pipelines.reasons import message, reason
 from data_pipelines.records import Record, Source
 from data_pipelines.transforms import Example, LossPer, Text, Tokens, encode_image, encode_text
 from osprey_jax.config import OspreyConfig
@@ -116,4 +117,4 @@ class Encoder:
 
 
 def _skipped(sample_id: str, error: Exception) -> Skipped:
-    return Skipped(sample_id, type(error).__name__, str(error))
+    return Skipped(sample_id, reason(error), message(error))

@@ -196,7 +196,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self.num_steps = num_steps
         """Batches in the whole stream, or None."""
         self.skipped: collections.Counter[str] = collections.Counter()
-        """How many samples were skipped since the start of this process, by the kind of error."""
+        """How many samples were skipped since the start of this process, by the reason."""
         self.dropped_turns = 0
         """Turns of split conversations that were not in this epoch's part, since this process started."""
         self.dropped_regions = 0
@@ -247,7 +247,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         return "; ".join(skipped + turns + empty)
 
     def _reasons(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        return "; ".join(f"{count}: {reason}" for reason, count in self.skipped.most_common())
 
     def get_state(self) -> bytes:
         """JSON from which `set_state` continues after the last batch that was yielded."""
@@ -321,7 +321,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
     def _skip(self, element: Skipped) -> None:
         self._failures.append(True)
         self.skipped[element.reason] += 1
-        _log.warning("skipped %s: %s: %s", *element)
+        _log.warning("skipped %s: %s", element.sample_id, element.message)
         if sum(self._failures) > self._tolerance * WATCHED:
             raise FailingSamples(
                 f"more than {self._tolerance:.0%} of the last {WATCHED} samples failed ({self._reasons()}), "

@@ -1,12 +1,10 @@
 """From records to what the model takes: pixels, mask pyramids, ids and labels."""
 
 import bisect
-import io
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.conversation import Conversation, converse
 from data_pipelines.records import Record, Rle
@@ -193,7 +191,7 @@ def encode_image(
     )
     if image is None:
         return None, pyramid
-    pixels = load_image(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
+    pixels = load_image(image)
     if rles and masks.shape[1:] != pixels.shape[:2]:
         raise ValueError(f"masks are {masks.shape[1:]} (height, width), the image is {pixels.shape[:2]}")
     return preprocess(pixels, size=vision.image_size), pyramid

@@ -1,14 +1,14 @@
 """Image path: from a file to the tower's normalised input (NumPy and Pillow)."""
 
+import io
 import os
-import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from osprey_jax.masks import Taps, bilinear_taps, interpolate
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -19,20 +19,25 @@ BLOCK = 64
 def load_image(image: ImageLike) -> np.ndarray:
     """Reads an image as `(h, w, 3)` uint8 RGB.
 
-    Takes a path, a Pillow image of any mode (16-bit grey is scaled to 8 bits) or an `(h, w, 3)` uint8 array.
+    Takes a path, a file's bytes, a Pillow image of any mode (16-bit grey is scaled to 8 bits) or an
+    `(h, w, 3)` uint8 array. Several threads may read at the same time.
     EXIF orientation is not applied, as in the original: masks belong to the pixels as stored.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: an unreadable or truncated file, or an array of another shape or dtype.
+      ValueError: an unreadable or truncated file, one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or an
+        array of another shape or dtype.
     """
     if isinstance(image, str | os.PathLike) and not os.path.exists(image):
         raise FileNotFoundError(f"no image at {os.fspath(image)}")
-    if isinstance(image, str | os.PathLike | Image.Image):
+    if not isinstance(image, np.ndarray):
+        name = "" if isinstance(image, bytes) else f" {getattr(image, 'filename', image)}"
         try:
             image = _read(image)
-        except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"cannot read the image {getattr(image, 'filename', image)}: {error}") from error
+        except UnidentifiedImageError as error:
+            raise ValueError(f"cannot read the image{name}: its format is none that is known") from error
+        except Exception as error:  # Pillow's readers raise all kinds of exceptions on broken files
+            raise ValueError(f"cannot read the image{name}: {error}") from error
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"an image array must be (h, w, 3) uint8, got {array.shape} {array.dtype}")
@@ -78,16 +83,17 @@ def _of_colours(taps: Taps) -> Taps:
     return (lo[:, None] * 3 + colours).ravel(), (hi[:, None] * 3 + colours).ravel(), np.repeat(weight, 3)
 
 
-def _read(image: str | os.PathLike | Image.Image) -> np.ndarray:
+def _read(image: str | os.PathLike | bytes | Image.Image) -> np.ndarray:
     if isinstance(image, Image.Image):
         return _rgb(image)  # which decodes it, if it was only opened
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(image) as opened:
-            return _rgb(opened)
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        return _rgb(opened)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    # Pillow only warns of up to twice as many; warnings can't be made errors in one thread alone.
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise OSError(f"{image.width} x {image.height} are more than {Image.MAX_IMAGE_PIXELS:,} pixels")
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey when it converts; scaling keeps what the picture shows.
         grey = (np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8)

@@ -11,6 +11,7 @@ had anyway. Exit status: 0 trained or stopped, 1 failed on the way, 2 refused to
 import contextlib
 import itertools
 import math
+import re
 import signal
 import sys
 import tempfile
@@ -24,13 +25,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from data_pipelines import catalog
 from data_pipelines.pipeline import FailingSamples, Loader, make_loader
 from data_pipelines.records import Source
 from data_pipelines.shapes.source import Shapes
 from data_pipelines.shapes.tokenizer import train_tokenizer
 from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch, to_device
-from osprey_jax.checkpoint import TrainingCheckpoints, first_line, save_params
+from osprey_jax.checkpoint import TrainingCheckpoints, first_line, load_config, load_params, save_params
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.loss import loss_sums
 from osprey_jax.metrics import Metrics
@@ -40,10 +42,6 @@ from osprey_jax.prompt import SYSTEM_INFERENCE, SYSTEM_TRAINING, Tokenizer
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.typing import Array, Params
 
-SOURCES: Mapping[str, Callable[[ConfigDict, str], Source]] = {
-    "shapes": lambda config, split: Shapes(size=config.model.vision.image_size, split=split),
-}
-"""The data sets that `config.data.sources` can name, from the configuration and "train" or "held_out"."""
 SYSTEMS = {"training": SYSTEM_TRAINING, "inference": SYSTEM_INFERENCE}
 
 
@@ -60,6 +58,8 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     with refusals():
         # Devices, data and model.
         mesh = make_mesh(config)
+        if config.init_from:
+            config = ConfigDict({**config.to_dict(), "model": load_config(config.init_from).to_dict()})
         model_config = from_config(config.model.to_dict())
         model = Osprey(model_config, jnp.dtype(config.dtype))
         data = make_data(config, model_config)
@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             saved, keep = len(checkpoints.steps()), config.keep_checkpoints
             train_config.check_space(workdir, checkpoint_bytes=size, keep=keep, saved=saved)
         if restored is None:
-            step, state = 0, create(jax.random.key(config.seed))
+            step, state = 0, create()
         else:
             step = restored.step
             count = jax.device_put(np.int32(step), abstract.step.sharding)
@@ -102,7 +102,9 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     update = make_update(model, optimizer, accumulation=config.accumulation)
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
-    evaluate = make_evaluate(model, data.held_out, config.eval_batches, mesh)
+    evaluate = None
+    if config.eval_every and data.held_out is not None:
+        evaluate = make_evaluate(model, data.held_out, config.eval_batches, mesh)
     metrics = Metrics(workdir, step=step, steps=data.steps, every=config.log_every)
     with sharding.use_mesh(mesh), contextlib.ExitStack() as stack:
         for each in (metrics, data.training, checkpoints):
@@ -123,7 +125,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
                 record(metrics, *running)  # a step late, so that the devices have work meanwhile
             step += 1
             running = (step, numbers, sample_ids)
-            if due(config.eval_every):
+            if evaluate is not None and due(config.eval_every):
                 running[1]["held_out_loss"] = evaluate(state)
             if due(config.checkpoint_every):
                 record(metrics, *running)  # first, for it raises where the state is not worth saving
@@ -164,7 +166,7 @@ class Data(NamedTuple):
     """The data of a run."""
 
     training: Loader
-    held_out: Loader
+    held_out: Loader | None
     tokenizer: Tokenizer
     steps: int
 
@@ -172,28 +174,43 @@ class Data(NamedTuple):
 def make_data(config: ConfigDict, model_config: OspreyConfig) -> Data:
     """Sources, tokenizer and loaders; raises ValueError for what isn't there or doesn't fit the model."""
     settings = config.data
-    for key, known in (("sources", SOURCES), ("systems", SYSTEMS)):
-        if unknown := [name for name in settings[key] if name not in known]:
-            there_is = f"there is {', '.join(known)} in this version"
-            raise ValueError(f"config.data.{key} names {', '.join(unknown)}; {there_is}")
-    if settings.tokenizer:
-        tokenizer = Tokenizer.load(settings.tokenizer)
+    if unknown := [name for name in settings.systems if name not in SYSTEMS]:
+        raise ValueError(
+            f"config.data.systems names {', '.join(unknown)}; there is {', '.join(SYSTEMS)} in this version"
+        )
+    if lacking := catalog.missing([*settings.sources, *settings.held_out], settings.root):
+        listed = "".join(f"\n- {line}" for line in lacking)
+        raise ValueError(f"data is missing under config.data.root, which is {settings.root!r}:{listed}")
+    if directory := settings.tokenizer or config.init_from:
+        tokenizer = Tokenizer.load(directory)
     else:
         with tempfile.TemporaryDirectory() as directory:
             train_tokenizer(directory)
             tokenizer = Tokenizer.load(directory)
 
-    def loader(split: str, **options: Any) -> Loader:
+    def source(name: str, split: str) -> Source:
+        if name == "shapes":
+            return Shapes(size=config.model.vision.image_size, split=split)
+        return catalog.open_from_root(name, settings.root)
+
+    def loader(names: Sequence[str], split: str, **options: Any) -> Loader:
+        sources = [source(name, split) for name in names]
+        for each in sources:
+            if each.dropped:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in each.dropped.items())
+                say(f"{each.name}: {len(each)} samples; left out are {reasons}")
         return make_loader(
-            [SOURCES[name](config, split) for name in settings.sources],
+            sources,
             tokenizer,
             model_config,
             batch_size=config.batch_size,
             buckets=settings.buckets,
             seed=config.seed,
-            weights=settings.weights or None,
+            share_image=settings.share_image,
+            images_per_row=settings.images_per_row,
             systems=[SYSTEMS[name] for name in settings.systems],
             loss_per=settings.loss_per,
+            tolerance=settings.tolerance,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
             **options,
@@ -201,19 +218,22 @@ def make_data(config: ConfigDict, model_config: OspreyConfig) -> Data:
 
     ends = {"num_steps": config.steps} if config.steps else {"epochs": config.epochs}
     ahead = {key: settings[key] for key in ("workers", "threads", "prefetch")}
-    training = loader("train", **ends, **ahead)
+    training = loader(settings.sources, "train", weights=settings.weights or None, **ends, **ahead)
     assert training.num_steps is not None
-    return Data(training, loader("held_out", threads=1, prefetch=1), tokenizer, training.num_steps)
+    held_out = loader(settings.held_out, "held_out", threads=1, prefetch=1) if settings.held_out else None
+    return Data(training, held_out, tokenizer, training.num_steps)
 
 
 def make_state(
     config: ConfigDict, model_config: OspreyConfig, mesh: Mesh
-) -> tuple[Callable[[Array], TrainState], TrainState]:
-    """How to create the first state from a key, sharded, and its `jax.ShapeDtypeStruct`s with shardings."""
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """How to create the first state, sharded, and its `jax.ShapeDtypeStruct`s with shardings."""
+
+    def begin(params: Params) -> TrainState:
+        return init_state(params, config.trained, frozen_dtype=config.frozen_dtype)
 
     def init(key: Array) -> TrainState:
-        params = init_params(model_config, key)
-        return init_state(params, config.trained, frozen_dtype=config.frozen_dtype)
+        return begin(init_params(model_config, key))
 
     places = sharding.param_shardings(boxed_params(model_config), mesh)
     trained, frozen = partition(places, config.trained)
@@ -226,7 +246,15 @@ def make_state(
     )
     # Runs once: on a CPU, optimising the program takes longer than the program.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options), abstract
+
+    def create() -> TrainState:
+        if config.init_from:
+            params = load_params(config.init_from, abstract.params)
+            return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+        key = jax.random.key(config.seed)
+        return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+
+    return create, abstract
 
 
 def make_update(
@@ -349,7 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config, workdir = train_config.parse(sys.argv[1:] if argv is None else argv)
             print(train(config, workdir, stopped=stopped))
     except (Refused, NotFinite, FailingSamples, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        # One line, but for what is listed.
+        lines = re.split(r"\n(?=[-+!] )", str(error))
+        print("error:", "\n".join(" ".join(line.split()) for line in lines), file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     return 0
 

@@ -27,6 +27,7 @@ OF_THE_MACHINE = (
     "keep_checkpoints",
     "eval_every",
     "eval_batches",
+    "data.root",
     "data.workers",
     "data.threads",
     "data.prefetch",
@@ -96,14 +97,18 @@ def check(config: ConfigDict) -> None:
     )
     if config.eval_every:
         _require(config.eval_batches >= 1, config, "eval_batches", "must be at least 1 or eval_every 0")
+        _require(bool(config.data.held_out), config, "data.held_out", "must name data or eval_every be 0")
     for key in ("b1", "b2"):
         _require(0 < config[key] < 1, config, key, "must lie between 0 and 1")
     for key in ("dtype", "frozen_dtype"):
         _require(config[key] in ("float32", "bfloat16"), config, key, "must be 'float32' or 'bfloat16'")
-    for key in ("trained", "data.sources", "data.systems"):
+    for key in ("trained", "data.sources", "data.systems", "data.held_out"):
         value = _value(config, key)
-        strings = bool(value) and all(isinstance(item, str) for item in value)
+        strings = (bool(value) or key == "data.held_out") and all(isinstance(item, str) for item in value)
         _require(strings, config, key, "must be a tuple of strings")
+    for key in ("data.share_image", "data.images_per_row"):
+        _require(_value(config, key) >= 1, config, key, "must be at least 1")
+    _require(0 < config.data.tolerance <= 1, config, "data.tolerance", "must be a share above 0, at most 1")
     pairs = all(isinstance(item, tuple) and len(item) == 2 for item in config.data.buckets)
     pairs = pairs and all(isinstance(size, int) and size > 0 for item in config.data.buckets for size in item)
     _require(pairs, config, "data.buckets", "must be a tuple of pairs of length and regions")

@@ -39,9 +39,22 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "no such parameters": ({"trained": ("tower/.*",)}, "no parameter's path matches 'tower/.*'"),
     "wrong pattern": ({"trained": ("(",)}, "'(' is no regular expression: missing )"),
     "data that isn't there": (
-        {"data__sources": ("coco",)},
-        "config.data.sources names coco; there is shapes in this version",
+        {"data__sources": ("custom:my.jsonl",), "data__root": "/nowhere"},
+        "data is missing under config.data.root, which is '/nowhere':\n"
+        "- custom:my.jsonl: there is no file /nowhere/my.jsonl",
     ),
+    "a source that nobody knows": ({"data__sources": ("cocoa",)}, "no source 'cocoa', and no prepared"),
+    "evaluation on nothing": ({"data__held_out": ()}, "config.data.held_out must name data or eval_every be"),
+    "no share": ({"data__tolerance": 0.0}, "config.data.tolerance must be a share above 0, at most 1"),
+    "no image in a row": (
+        {"data__images_per_row": 0},
+        "config.data.images_per_row must be at least 1, got 0",
+    ),
+    "packed epochs": (
+        {"data__share_image": 4, "steps": 0, "epochs": 1.0},
+        "packed rows can't be counted before they are read: give a number of steps instead of epochs",
+    ),
+    "no checkpoint to begin with": ({"init_from": "/nowhere"}, "no directory /nowhere"),
     "unknown system": (
         {"data__systems": ("mine",)},
         "config.data.systems names mine; there is training, inference in this version",
@@ -72,13 +85,14 @@ REFUSED: dict[str, tuple[dict, str]] = {
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a start writes which is refused."""
+    """The one line, or the line and a list, that a start writes which is refused."""
     assert train.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    (line,) = captured.err.splitlines()
+    line, *listed = captured.err.splitlines()
     assert line.startswith("error: ")
-    return line.removeprefix("error: ")
+    assert all(entry.startswith("- ") for entry in listed)
+    return captured.err.strip().removeprefix("error: ")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -174,10 +188,11 @@ def test_a_model_without_its_runs_checkpoints_is_not_passed_off_as_this_runs(
         ("stage1", {"projector"}),
         ("stage2", {"extractor"}),
         ("stage3", {"projector", "extractor", "decoder"}),
+        ("osprey_chat", {"projector", "extractor", "decoder"}),
         ("tpu_v4", {"projector", "extractor", "decoder"}),
     ],
 )
-def test_the_stages_train_their_parts_of_the_released_model_and_say_that_their_data_comes_later(
+def test_the_stages_train_their_parts_of_the_released_model_and_tell_what_data_to_get(
     name: str, parts: set[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = [f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path / 'run'}"]
@@ -190,9 +205,11 @@ def test_the_stages_train_their_parts_of_the_released_model_and_say_that_their_d
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == pytest.approx(6.98e9, rel=0.01)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((state.trained, state.mu, state.nu))} == {"float32"}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.frozen)} == {"bfloat16"}
-    refused = refusal([*arguments, "--config.mesh.data=1", "--config.mesh.fsdp=1"], capsys)
-    assert refused.startswith("config.data.sources names ")
-    assert refused.endswith("there is shapes in this version")
+    one = ["--config.mesh.data=1", "--config.mesh.fsdp=1", f"--config.data.root={tmp_path}"]
+    first, *lacking = refusal([*arguments, *one], capsys).split("\n- ")
+    assert first == f"data is missing under config.data.root, which is '{tmp_path}':"
+    assert [line.partition(":")[0] for line in lacking] == list(config.data.sources)
+    assert all(f"there is no {tmp_path}/" in line and len(line) > 100 for line in lacking)
 
 
 def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
