@@ -48,7 +48,7 @@ lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED) ## mypy over the package
+types: $(INSTALLED) ## mypy over the packages
 	$(BIN)/mypy
 
 format: $(INSTALLED) ## let ruff fix and format what it can

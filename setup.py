@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 REQUIRES = [
     "absl-py>=2.0",
+    "array_record>=0.8",
     "etils[epath]>=1.10",
     "flax>=0.12",
     # The loader tells its own state apart from Grain's, whose classes move between minor versions.
@@ -23,6 +24,8 @@ REQUIRES = [
     "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
+    # Writes and reads ArrayRecord data sets without TensorFlow.
+    "tensorflow-datasets>=4.9.10,<5",
     "tensorstore>=0.1.70",
     "tokenizers>=0.21",
     "tqdm>=4.66",
@@ -40,7 +43,10 @@ EXTRAS = {
         "mypy>=2.4,<2.5",
         "pytest>=9.2,<10",
         "ruff>=0.17,<0.18",
+        # Broken files without end.
+        "hypothesis>=6.100",
         # What parity is measured against.
+        "matplotlib>=3.9",
         "torch==2.13.0",
         "transformers>=5.24,<6",
         # Carries a real 32,000-piece SentencePiece model.

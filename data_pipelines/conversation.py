@@ -35,7 +35,7 @@ class Conversation:
     said: tuple[Turn, ...]
     """Turns whose phrases are drawn."""
     dropped_regions: int = 0
-    """Regions that were left out, with their turns, because their masks are empty."""
+    """Regions that were left out, with their turns, because their masks are empty or broken."""
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
@@ -78,7 +78,7 @@ def converse(record: Record, rng: np.random.Generator) -> Conversation:
         order = rng.permutation(len(turns))[: record.at_most]
         turns = [turns[index] for index in order]
     said = tuple(_with_phrase(turn, rng) for turn in turns)
-    return Conversation(record.opening, record.opening_regions, said, dropped)
+    return Conversation(record.opening, record.opening_regions, said, record.broken_regions + dropped)
 
 
 def _with_phrase(turn: Turn, rng: np.random.Generator) -> Turn:

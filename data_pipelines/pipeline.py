@@ -11,10 +11,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -25,6 +21,7 @@ from data_pipelines.order import HostShare, order
 from data_pipelines.packing import Bucket, collate, fits
 from data_pipelines.records import Source
 from data_pipelines.transforms import Example, LossPer
+from data_pipelines.workers import end_with_parent
 from osprey_jax.batch import Batch
 from osprey_jax.config import OspreyConfig
 from osprey_jax.prompt import SYSTEM_TRAINING, Tokenizer
@@ -200,7 +197,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self.dropped_turns = 0
         """Turns of split conversations that were not in this epoch's part, since this process started."""
         self.dropped_regions = 0
-        """Regions with empty masks, since the start of this process."""
+        """Regions whose masks are empty or broken, since this process started."""
         self._places = places
         self._rows, self._images, self._image_size = rows, images, image_size
         self._buckets, self._pad_id = buckets, pad_id
@@ -243,7 +240,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         """What of the data was not used since the start of this process, in words; empty where all was."""
         skipped = [f"{self.skipped.total()} samples were skipped ({self._reasons()})"] if self.skipped else []
         turns = [f"{self.dropped_turns} turns did not fit beside others"] if self.dropped_turns else []
-        empty = [f"{self.dropped_regions} regions have empty masks"] if self.dropped_regions else []
+        empty = [f"{self.dropped_regions} regions have no mask"] if self.dropped_regions else []
         return "; ".join(skipped + turns + empty)
 
     def _reasons(self) -> str:
@@ -330,16 +327,4 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
 
 
 def _start_worker(worker: int, num_workers: int) -> None:
-    """Makes a worker end with its parent, and leave Ctrl-C to it.
-
-    A killed parent can't end its workers, which would wait for it for ever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in worker processes"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()

@@ -1,7 +1,7 @@
 """From records to what the model takes: pixels, mask pyramids, ids and labels."""
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -54,7 +54,7 @@ class Example(NamedTuple):
     dropped_turns: int = 0
     """Turns that did not fit and are not part of this sequence."""
     dropped_regions: int = 0
-    """Regions whose masks are empty, left out with their turns."""
+    """Regions whose masks are empty or broken, left out with their turns."""
 
 
 class DoesNotFit(ValueError):
@@ -192,9 +192,21 @@ def encode_image(
     if image is None:
         return None, pyramid
     pixels = load_image(image)
-    if rles and masks.shape[1:] != pixels.shape[:2]:
-        raise ValueError(f"masks are {masks.shape[1:]} (height, width), the image is {pixels.shape[:2]}")
+    check_sizes([masks.shape[1:]] if rles else [], pixels.shape[:2])
     return preprocess(pixels, size=vision.image_size), pyramid
+
+
+def check_sizes(masks: Iterable[Sequence[int]], image: Sequence[int]) -> None:
+    """Raises ValueError where masks (height, width) are of another shape than their image.
+
+    Both go into squares of the model's own sizes, so another scale does no harm, such as that of images that
+    were made smaller.
+    """
+    height, width = image
+    for size in masks:
+        rows, columns = size
+        if abs(rows * width - columns * height) > max(rows, columns, height, width):
+            raise ValueError(f"masks are {tuple(size)} (height, width), the image is {tuple(image)}")
 
 
 def _parts(conversation: Conversation, excess: Callable[[Conversation], str | None]) -> list[Conversation]:

@@ -12,6 +12,8 @@ ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_ASPECT = 100
+"""The long edge in short ones, beyond which images are refused: `preprocess` makes the short one large."""
 BLOCK = 64
 """Rows that are normalised and resized at a time."""
 
@@ -41,7 +43,18 @@ def load_image(image: ImageLike) -> np.ndarray:
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"an image array must be (h, w, 3) uint8, got {array.shape} {array.dtype}")
+    if max(array.shape[:2]) > MAX_ASPECT * min(array.shape[:2]):
+        raise ValueError(f"an image of {array.shape[:2]} (height, width) is too long and narrow")
     return array
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an encoded image, read from its header; ValueError where it has none."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return opened.height, opened.width
+    except Exception as error:  # as in `load_image`
+        raise ValueError(f"cannot read the image: {error}") from error
 
 
 def preprocess(image: np.ndarray, *, size: int) -> np.ndarray:

@@ -15,6 +15,8 @@ Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 MAX_COORDINATE = 1_000_000
 """Polygons beyond it, in pixels, are refused."""
+MAX_OUTLINE = 8 * MAX_COORDINATE
+"""And those with longer outlines."""
 
 
 class MaskPyramid(NamedTuple):
@@ -187,6 +189,11 @@ def _checked_polygons(polygons: list) -> list[list[float]]:
         # The rasteriser takes memory in proportion to a polygon's extent, whatever the image's size.
         if not all(isinstance(v, int | float) and -MAX_COORDINATE < v < MAX_COORDINATE for v in polygon):
             raise ValueError(f"a polygon's coordinates must be numbers within ±{MAX_COORDINATE:,}")
+        # So it does in proportion to the outline, and there what is too much for it ends the process.
+        points = np.asarray(polygon, np.float64).reshape(-1, 2)
+        steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
+        if steps.sum() > MAX_OUTLINE:
+            raise ValueError(f"a polygon's outline must not be longer than {MAX_OUTLINE:,}")
     return [[float(v) for v in polygon] for polygon in polygons]
 
 

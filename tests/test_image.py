@@ -1,12 +1,13 @@
 """Reading images, and preprocessing where the answer is known without a reference (`parity` has the rest)."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from osprey_jax.image import MEAN, STD, load_image, preprocess
+from osprey_jax.image import MEAN, STD, image_size, load_image, preprocess
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8)
 
@@ -124,3 +125,31 @@ def test_values_agree_with_float64_arithmetic_on_pillows_bicubic(shape: tuple[in
         values = values.take(lo, axis) * (1 - weight) + values.take(hi, axis) * weight
     # Places in float32 are off by some units in the last place, times the step between two pixels of noise.
     np.testing.assert_allclose(preprocess(image, size=size), values, rtol=0, atol=5e-5)
+
+
+def test_an_image_that_would_grow_without_bounds_is_refused() -> None:
+    load_image(np.zeros((2, 200, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"an image of \(2, 201\) \(height, width\) is too long and narrow"):
+        load_image(np.zeros((2, 201, 3), np.uint8))
+
+
+def test_a_file_s_bytes_are_read_like_the_file(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    np.testing.assert_array_equal(load_image(data), pixels)
+    assert image_size(data) == (5, 7)
+    with pytest.raises(ValueError, match="cannot read the image: its format is none that is known"):
+        load_image(b"no picture")
+    with pytest.raises(ValueError, match="cannot read the image"):
+        image_size(data[:20])
+
+
+def test_a_picture_of_too_many_pixels_is_refused_whatever_warnings_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="9 x 9 are more than 50 pixels"):
+            load_image(Image.new("RGB", (9, 9)))

@@ -223,3 +223,10 @@ def test_an_axis_that_has_the_position_masks_size_is_left_as_it_is() -> None:
     np.testing.assert_array_equal(whole.levels[0], masks[:, :, :6])
     np.testing.assert_array_equal(whole.position, masks[:, :, :6])
     assert whole.position.dtype == np.float32
+
+
+def test_a_polygon_with_an_endless_outline_is_refused() -> None:
+    """pycocotools would end the process."""
+    far = [coordinate for i in range(60) for coordinate in ((-1) ** i * 999_999, (-1) ** (i // 2) * 999_999)]
+    with pytest.raises(ValueError, match="outline must not be longer than 8,000,000"):
+        segmentation_rle([far], 48, 64)

@@ -110,7 +110,7 @@ def coco_file(names: list[str], folder: Path, captions: list[str] | None = None,
     return {"info": {}, "images": images, "annotations": annotations, "categories": named}
 
 
-def osprey_sample(number: int, regions: int, conversations: list[str], **more: Any) -> dict[str, Any]:
+def osprey_sample(number: int, regions: int, texts: list[str], /, **more: Any) -> dict[str, Any]:
     """A sample of Osprey-724K; the texts are questions and answers in turn."""
     height, width = SIZES[number % len(SIZES)]
     return {
@@ -118,7 +118,7 @@ def osprey_sample(number: int, regions: int, conversations: list[str], **more: A
         "height": height,
         "width": width,
         "annotation": [{"segmentation": s} for s in segmentations(height, width)[:regions]],
-        "conversations": messages(conversations),
+        "conversations": messages(texts),
         **more,
     }
 

@@ -44,6 +44,7 @@ RECORDS: tuple[Callable[[int], Record], ...] = (
         ),
         opening="<image>\nregion1<mask><pos>,region2<mask><pos>. ",
         opening_regions=(1, 1),
+        broken_regions=2,
         at_most=15,
     ),
     # A conversation about nothing to be seen.
@@ -109,7 +110,7 @@ def _bomb() -> bytes:
 
 
 BAD: tuple[tuple[Callable[[int], Record], str], ...] = (
-    (lambda i: _raises(FileNotFoundError(f"no image {i}.jpg in /data/{i}")), "no image … in …"),
+    (lambda i: _raises(FileNotFoundError(f"no image {i}.jpg in /data/{i}")), "no image N.jpg in …"),
     (lambda i: _raises(ValueError(f"region {i} of 7: a polygon needs 3 points")), "region N of N: a polygon"),
     (lambda i: _raises(KeyError("file_name")), "KeyError"),
     (lambda i: _record(i, encoded(i)[:300]), "cannot read the image"),
@@ -117,9 +118,9 @@ BAD: tuple[tuple[Callable[[int], Record], str], ...] = (
     (lambda i: _record(i, b""), "cannot read the image"),
     (lambda i: _record(i, _bomb()), "cannot read the image"),
     (lambda i: _record(i, np.zeros((6, 8), np.uint8)), "an image array must be"),
-    (lambda i: _record(i, encoded(i), (6, 9)), "masks are (N, N) (height, width), the image is (N, N)"),
+    (lambda i: _record(i, encoded(i), (6, 12)), "masks are (N, N) (height, width), the image is (N, N)"),
     (lambda i: _record(i, None), "regions without an image"),
-    (lambda i: Record(f"bad/{i}", encoded(i), (), (Turn("q", "\ud800"),)), "UnicodeEncodeError"),
+    (lambda i: Record(f"bad/{i}", encoded(i), (), (Turn("q", "\ud800"),)), "codec can"),
 )
 """What can be wrong with a sample, and how that is called."""
 

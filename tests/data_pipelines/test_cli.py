@@ -1,5 +1,6 @@
 """The commands' entrance: help, exit statuses and what may never be a traceback."""
 
+import argparse
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ def test_help_imports_nothing_that_takes_long() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "argparse" in loaded
-    assert not loaded & {"jax", "tensorflow_datasets", "array_record", "grain", "tokenizers"}
+    assert not loaded & {"jax", "tensorflow_datasets", "array_record", "grain"}
 
 
 def test_no_command_is_wrong_use_and_gets_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +96,7 @@ def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
     assert process.returncode == 1
 
 
-def test_what_the_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_terminal_cannot_show_is_replaced() -> None:
     program = "from data_pipelines.command_line import echo, printable; echo(printable('ü 犬 \\ud800 \\x1b'))"
     environment = {"PYTHONIOENCODING": "latin-1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=True)
@@ -103,11 +104,10 @@ def test_what_the_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPat
 
 
 def test_options_belong_to_the_source_that_they_follow() -> None:
-    import argparse
-
+    options = ["--source", "a", "--annotations", "1", "--source", "b", "--source", "c", "--images", "2"]
     parser = argparse.ArgumentParser()
     command_line.add_source_arguments(parser)
-    given = parser.parse_args("--source a --annotations 1 --source b --source c --images 2".split()).sources
+    given = parser.parse_args(options).sources
     assert [(entry["source"], *map(str, list(entry.values())[1:])) for entry in given] == [
         ("a", "1"),
         ("b",),

@@ -157,6 +157,11 @@ def test_region_without_a_pixel_leaves_with_its_turn(folder):
     assert said.dropped_regions == 1
 
 
+def test_regions_count_beyond_nine(folder):
+    made = record(folder, "<region12>, <region1>?", "<region10>", regions=[{"box": [0, 0, 2, 2]}] * 12)
+    assert made.turns == (("<mask><pos>, <mask><pos>?", "region10", (11, 0), "", ""),)
+
+
 def test_conversation_about_the_whole_picture_needs_no_region(folder):
     made = record(folder, "What is it?", "A car.", regions=[])
     assert made.masks == ()
@@ -215,6 +220,8 @@ def test_other_keys_mean_nothing(folder):
         ({"regions": [{"box": [0, 0, 1]}]}, "give [x0, y0, x1, y1]"),
         ({"regions": [{"box": [0, 0, 1, "1"]}]}, "finite numbers"),
         ({"regions": [{"box": [4, 0, 1, 1]}]}, "two corners"),
+        ({"regions": [{"box": [1, 0, 1, 1]}]}, "two corners"),
+        ({"regions": [{"box": [0, 1, 1, 1]}]}, "two corners"),
         ({"regions": [{"polygon": [0, 0, 5, 5]}]}, "at least 3 points"),
         ({"regions": [{"polygon": {"counts": [48], "size": [6, 8]}}]}, "`polygon` is an object"),
         ({"regions": [{"rle": [[0, 0, 5, 0, 5, 5]]}]}, "`rle` is a list"),

@@ -1,9 +1,8 @@
-"""Whatever a file holds, nothing but ValueError and OSError comes out, and `validate` judges as training does.
+"""Whatever a file holds, only ValueError and OSError come out, and `validate` judges as training does.
 
 Cases that once failed are kept as examples.
 """
 
-import io
 import json
 import struct
 import zlib
@@ -19,13 +18,14 @@ from pycocotools import mask as coco_mask
 
 from data_pipelines.conversation import draws
 from data_pipelines.sources.custom import Custom
+from data_pipelines.sources.custom_rules import open_image
 from data_pipelines.transforms import encode
 from data_pipelines.validation import validate
 from osprey_jax.config import OspreyConfig
 from osprey_jax.image import load_image
 from osprey_jax.masks import decode_rles, decode_segmentation, rle_area, segmentation_rle
 from osprey_jax.prompt import Tokenizer
-from tests.data_pipelines.custom_files import CUT_OFF, encoded, picture, sample, write_images
+from tests.data_pipelines.custom_files import CUT_OFF, HEIGHT, WIDTH, encoded, picture, sample, write_images
 
 fuzzed = settings(
     derandomize=True,
@@ -38,6 +38,7 @@ fuzzed = settings(
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 IMAGES = ("a.jpg", "cmyk.jpg", "turned.jpg", "deep.png", "cut.jpg", "mask.png", "gone.jpg", "..", "")
+BOM = b"\xef\xbb\xbf"
 WORDS = (
     "<region1>",
     "<region2>",
@@ -148,7 +149,7 @@ PIECES = (
     b"\r",
     b"\x0b",
     b"\x1c",
-    b"\xef\xbb\xbf",
+    BOM,
 )
 lines = st.one_of(
     st.builds(json.dumps, samples).map(str.encode),
@@ -168,7 +169,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @fuzzed
 @given(st.lists(lines, min_size=1, max_size=4).map(b"\n".join))
-@example(b"\xef\xbb\xbf" * 2 + b"{}")
+@example(BOM * 2 + b"{}")
 def test_validate_finds_bad_exactly_what_training_can_not_use(
     folder: Path, tokenizer: Tokenizer, config: OspreyConfig, data: bytes
 ):
@@ -185,13 +186,8 @@ def test_validate_finds_bad_exactly_what_training_can_not_use(
         except (ValueError, OSError):
             continue
         usable.add(int(record.sample_id.partition(":")[2].partition(" ")[0]))
-    with_text = {
-        number
-        for number, line in enumerate(data.split(b"\n"), 1)
-        if line.strip() not in (b"", b"\xef\xbb\xbf")
-    }
-    if 1 in with_text and data.split(b"\n")[0].strip() == b"\xef\xbb\xbf":
-        with_text.discard(1)
+    split = data.removeprefix(BOM).split(b"\n")
+    with_text = {number for number, line in enumerate(split, 1) if line.strip()}
     assert report.lines == len(with_text)
     assert with_text - set(report.bad_lines) == usable
     assert report.samples == len(usable)
@@ -221,8 +217,6 @@ def test_segmentation_gives_a_mask_of_the_size_or_is_refused(segmentation: Any):
     try:
         rle = segmentation_rle(segmentation, 6, 8)
     except ValueError:
-        with pytest.raises(ValueError):
-            decode_segmentation(segmentation, 6, 8)
         return
     # What was taken is good for all that follows.
     assert rle["size"] == [6, 8]
@@ -264,19 +258,19 @@ def _pictures() -> list[bytes]:
 @fuzzed
 @given(
     changed_bytes(
-        st.sampled_from(_pictures()), (b"\xff", b"\0\0", b"\xff\xd9", b"IDAT", b"iCCP", b"\x7f\xff\xff\xff")
+        st.sampled_from(_pictures()), (b"\xff", b"\0\0", b"\xff\xd9", b"IDAT", b"iCCP", b"\x7f\xff")
     )
     | st.binary(max_size=40)
 )
+@example(encoded(picture(), "PNG").replace(struct.pack(">II", WIDTH, HEIGHT), b"\x7f\xff" * 4))
+@example(encoded(picture(), "PNG").replace(b"\0\0\0\0IEND", b"\0\0\0\0iCCP????" + b"\0\0\0\0IEND"))
 def test_damaged_picture_gives_pixels_or_is_refused(data: bytes):
-    for given_data in (data, _with_sums(data)):
-        try:
-            with Image.open(io.BytesIO(given_data)) as opened:
-                if opened.width * opened.height > 1_000_000:
-                    continue  # it would only take time
-                size = opened.height, opened.width
-                pixels = load_image(opened)
-        except (ValueError, OSError):
-            continue
-        assert pixels.shape == (*size, 3)
-        assert pixels.dtype == np.uint8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # more would only take time
+        for content in (data, _with_sums(data)):
+            try:
+                pixels = load_image(content)
+            except ValueError:
+                continue
+            assert pixels.shape == (*open_image(content, "picture").size[::-1], 3)
+            assert pixels.dtype == np.uint8

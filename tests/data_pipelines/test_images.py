@@ -60,14 +60,18 @@ def test_keys_are_unique(images: Images) -> None:
 def test_threads_and_unpickled_copies_read_the_same(images: Images) -> None:
     names = sorted(FILES) * 10
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(pickle.loads(pickle.dumps(images)).read, names)) == [FILES[name] for name in names]
+        assert list(pool.map(pickle.loads(pickle.dumps(images)).read, names)) == [
+            FILES[name] for name in names
+        ]
 
 
 def test_a_missing_image_is_named_with_its_place(images: Images, tmp_path: Path) -> None:
     for name in ("c/1.jpg", "1.jpg/x", "b/3.jpg" * 30, "bb", "zz"):
         with pytest.raises(OSError, match=name[:20]) as error:
             images.read(name)
-        assert len(name) > 200 or (isinstance(error.value, FileNotFoundError) and str(tmp_path) in str(error.value))
+        assert len(name) > 200 or (
+            isinstance(error.value, FileNotFoundError) and str(tmp_path) in str(error.value)
+        )
         images.key(name)
 
 

@@ -161,13 +161,19 @@ def test_a_caption_stands_alone_behind_its_image(encoded: Encode) -> None:
         (record(FIRST, opening=""), "<image> is 0 times"),
         (record(FIRST, Turn("<image>", "red")), "<image> is 2 times"),
         (record(THIRD, image=None), "<image> is 1 times in the text, expected 0"),
-        (record(FIRST, masks=np.ones((1, 8, 9), bool)), r"masks are \(8, 9\).*the image is \(8, 8\)"),
+        (record(FIRST, masks=np.ones((1, 8, 12), bool)), r"masks are \(8, 12\).*the image is \(8, 8\)"),
         (record(plain=True), "without a turn"),
     ],
 )
 def test_what_does_not_belong_together_is_an_error(encoded: Encode, wrong: Record, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encoded(wrong)
+
+
+def test_an_image_may_be_of_another_scale_than_its_masks(encoded: Encode) -> None:
+    smaller = np.full((4, 4, 3), 255, np.uint8)
+    example = encoded(record(FIRST, SECOND, image=smaller))
+    np.testing.assert_array_equal(example.masks.levels[0], QUARTERS)
 
 
 def test_a_record_that_names_other_regions_than_it_has_is_refused() -> None:

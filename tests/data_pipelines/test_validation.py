@@ -152,7 +152,7 @@ def test_processes_tell_the_same_in_the_same_order(folder, monkeypatch):
     lines = [sample() if number % 4 else sample(image="gone.jpg") for number in range(20)]
     path = write_lines(folder / "data.jsonl", ["", *lines])
     alone, together = validate(path), validate(path, workers=2)
-    assert alone.bad_lines == [2, 6, 10, 14, 18]
+    assert (alone.lines, alone.bad_lines) == (20, [2, 6, 10, 14, 18])
     assert together == alone
 
 
@@ -205,8 +205,9 @@ def test_long_files_show_rate_and_time_left(folder, monkeypatch, capsys):
     assert "lines/s" in told
 
 
-def test_image_of_too_many_pixels_is_told(folder, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+@pytest.mark.parametrize("most", [16, 47])  # beyond the double Pillow raises, below it only warns
+def test_image_of_too_many_pixels_is_told(folder, monkeypatch, most):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
     report = checked(folder, sample())
     assert told(report) == [(1, "error", "image")]
-    assert "more than 16 pixels" in report.findings[0].text
+    assert f"more than {most} pixels" in report.findings[0].text

@@ -1,0 +1,1 @@
+"""Data sets as sources of records: one small class for each."""
