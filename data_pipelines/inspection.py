@@ -66,10 +66,10 @@ def to_text(sample: looking.Sample, tokenizer: Tokenizer, *, colour: bool) -> st
     if not sample.regions:
         lines.append("  no regions" if record.image is not None else "  no image")
     if said.dropped_regions:
-        lines.append(
-            f"  left out with their turns, for their masks are empty or broken: {said.dropped_regions} regions"
-        )
-    if (left := len(record.turns) - said.dropped_regions - len(said.said)) > 0:
+        why = "their masks are empty or broken"
+        lines.append(f"  left out with their turns, for {why}: {said.dropped_regions} regions")
+    had = len(record.turns) + record.broken_regions - said.dropped_regions
+    if (left := had - len(said.said)) > 0:
         lines.append(f"  not drawn: {left} of {len(record.turns)} turns; at most {record.at_most} are kept")
     return "\n".join(lines)
 

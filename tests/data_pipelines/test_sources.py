@@ -214,10 +214,7 @@ def test_a_bad_sample_says_what_is_wrong_and_stops_no_other(
         # Where no region is left, the sample is of no use.
         of_image = content["annotations"][1]["image_id"]
         others = [each for each in content["annotations"] if each["image_id"] == of_image]
-        bad = others[1]
-        content["annotations"] = [
-            each for each in content["annotations"] if each is bad or each not in others
-        ]
+        content["annotations"] = [others[1], *(a for a in content["annotations"] if a not in others)]
         message = message.replace("2 of 5", "1 of 1")
     source = opened(Coco, tmp_path, content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
