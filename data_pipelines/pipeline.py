@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grain
 from absl import flags
@@ -198,6 +199,8 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         """Turns of split conversations that were not in this epoch's part, since this process started."""
         self.dropped_regions = 0
         """Regions whose masks are empty or broken, since this process started."""
+        self.report: Path | None = None
+        """Gets a line of JSON for each sample that is skipped."""
         self._places = places
         self._rows, self._images, self._image_size = rows, images, image_size
         self._buckets, self._pad_id = buckets, pad_id
@@ -318,6 +321,9 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
     def _skip(self, element: Skipped) -> None:
         self._failures.append(True)
         self.skipped[element.reason] += 1
+        if self.report is not None:
+            with self.report.open("a") as file:
+                file.write(json.dumps(element._asdict()) + "\n")
         _log.warning("skipped %s: %s", element.sample_id, element.message)
         if sum(self._failures) > self._tolerance * WATCHED:
             raise FailingSamples(

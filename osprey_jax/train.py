@@ -2,10 +2,11 @@
 
     python -m osprey_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-The run's directory gets `checkpoints/<step>`, `metrics.jsonl`, `tensorboard/` and, at the end, `export/`,
-which `osprey_jax.Osprey.load` reads as it does every checkpoint. SIGTERM and Ctrl-C save and stop; the same
-command goes on from there, and after a crash from the newest whole checkpoint, with the losses it would have
-had anyway. Exit status: 0 trained or stopped, 1 failed on the way, 2 refused to begin.
+The run's directory gets `checkpoints/<step>`, `metrics.jsonl`, `tensorboard/`, `skipped-<process>.jsonl` if
+samples can't be used, and, at the end, `export/`, which `osprey_jax.Osprey.load` reads as it does every
+checkpoint. SIGTERM and Ctrl-C save and stop; the same command goes on from there, and after a crash from the
+newest whole checkpoint, with the losses it would have had anyway. Exit status: 0 trained or stopped, 1 failed
+on the way, 2 refused to begin.
 """
 
 import contextlib
@@ -82,6 +83,8 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             tokenizer=data.tokenizer,
         )
         train_config.claim(workdir, config, saved=len(checkpoints.steps()))
+        if "://" not in str(workdir):  # where nothing can be appended to a file
+            data.training.report = workdir / f"skipped-{jax.process_index()}.jsonl"
         checkpoints.clean_up()
         restored = checkpoints.restore_newest(abstract.to_arrays(), report=say)
         export = workdir / "export"

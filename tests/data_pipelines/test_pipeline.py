@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import json
 import logging
 import os
 import subprocess
@@ -186,14 +187,19 @@ def test_system_texts_are_drawn_anew_in_each_epoch(make: Make) -> None:
     assert drawn(epochs=1, seed=1) != both[:40]
 
 
-def test_a_broken_sample_is_skipped_counted_and_named(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_sample_is_skipped_counted_and_named(
+    make: Make, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     # The first turns of the others fit, the second ones don't.
     loader = make(Cards("a", 100, broken=(40,)), epochs=1, buckets=((14, 1),))
+    loader.report = tmp_path / "skipped.jsonl"
     with caplog.at_level(logging.WARNING):
         order = ids(loader)
     assert len(order) == 100
     assert sorted(order[:99]) == sorted(set(cards("a", 100)) - {"a/40"})
     assert loader.skipped == {"torn card": 1}
+    (line,) = loader.report.read_text().splitlines()
+    assert json.loads(line) == {"sample_id": "a[40]", "reason": "torn card", "message": "torn card"}
     assert caplog.messages == ["skipped a[40]: torn card"]
     assert loader.dropped_turns >= 33 + 66 - 3
     assert (
