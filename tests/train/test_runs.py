@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import struct
 from pathlib import Path
@@ -188,3 +189,21 @@ def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(poisoned: tuple)
     assert {path for path, leaf in last.items() if leaf.dtype == np.float32} == projector
     moments = leaves(workdir / "checkpoints" / "2" / "optimizer")
     assert moments.keys() == {f"{moment}/{path}" for moment in ("mu", "nu") for path in projector}
+
+
+def test_a_run_begins_with_the_parameters_sizes_and_tokenizer_of_a_checkpoint(
+    finished: tuple, command: Command, tmp_path: Path
+) -> None:
+    start = finished[0] / "export"
+    own = {"steps": 1, "init_from": start, "model.decoder.dim": 64, "data.tokenizer": ""}
+    assert train.main(command(tmp_path / "run", **{**FEW, **own})) == 0
+    found, expected = (leaves(path / "params") for path in (tmp_path / "run" / "export", start))
+    assert found.keys() == expected.keys()
+    # The first update of a warm-up has a rate of 0.
+    for path, leaf in expected.items():
+        as_trained = leaf if path.startswith("projector/") else leaf.astype(found[path].dtype)
+        np.testing.assert_array_equal(found[path], as_trained, err_msg=path)
+    assert checkpoint.load_config(tmp_path / "run" / "export") == checkpoint.load_config(start)
+    assert (tmp_path / "run/export/tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    learning = json.loads((tmp_path / "run/train_config.json").read_text())
+    assert learning["model"]["decoder"]["dim"] == SMALL["model.decoder.dim"]
