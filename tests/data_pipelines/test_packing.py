@@ -17,6 +17,8 @@ from osprey_jax.models.osprey import Osprey, init_params
 from osprey_jax.prompt import Tokenizer
 
 MASK, POS, IMAGE = 11, 12, -200
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Compiling takes longer than running here."""
 
 
 def sequence(ids: list[int], labelled: set[int]) -> Tokens:
@@ -91,7 +93,7 @@ def records(rng: np.random.Generator) -> list[Record]:
 def losses(model: Osprey, params: object, batch: Batch) -> dict[tuple[int, ...], float]:
     """Each labelled token's cross-entropy, by row and place."""
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.images, batch.masks))
-    logits = jax.jit(model.apply)(
+    logits = jax.jit(model.apply, compiler_options=QUICKLY)(
         {"params": params},
         *flat,
         batch.input_ids,
@@ -99,7 +101,8 @@ def losses(model: Osprey, params: object, batch: Batch) -> dict[tuple[int, ...],
         segment_ids=batch.segment_ids,
         prefix_segment_ids=batch.prefix_segment_ids,
     )
-    log_probabilities = jax.nn.log_softmax(logits)
+    logits = np.asarray(logits, np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return {
         (row, place): -float(log_probabilities[row, place - 1, batch.labels[row, place]])
         for row, place in np.argwhere(batch.labels != -100).tolist()
@@ -143,6 +146,7 @@ def test_packed_conversations_have_the_losses_of_separate_ones_term_by_term(
     assert len(set(np.round(expected, 3))) > 20
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
-    sums = [jax.jit(train.make_loss_sums(model))(params, {}, batch) for batch in (separate, packed)]
+    loss_sums = jax.jit(train.make_loss_sums(model), compiler_options=QUICKLY)
+    sums = [loss_sums(params, {}, batch) for batch in (separate, packed)]
     np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
     assert sums[0][1] == pytest.approx(6)
