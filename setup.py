@@ -42,6 +42,7 @@ EXTRAS = {
         # Lint, types and warnings that are errors change with these.
         "mypy>=2.4,<2.5",
         "pytest>=9.2,<10",
+        "pytest-xdist>=3.8",
         "ruff>=0.17,<0.18",
         # Broken files without end.
         "hypothesis>=6.100",
