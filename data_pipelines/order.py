@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
 import sys
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,8 +75,7 @@ def group_by_image(sources: Sequence[Source], numbers: Sequence[int], *, most: i
 
 
 def _hash(key: str) -> int:
-    data = key.encode()
-    return zlib.crc32(data) << 32 | zlib.adler32(data[::-1])
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def _alone(source: int, size: int, place: int, _: int) -> Place:

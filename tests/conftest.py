@@ -21,6 +21,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin looks for these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps together, where processes share the tests, those that share what is made once."""
     for item in items:
