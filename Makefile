@@ -39,10 +39,10 @@ test test-full: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test test-full: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 
 test: lint types ## lint, check types, run all tests but the slow ones
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations=15
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=15
 
 test-full: lint types ## the same with the slow tests
-	$(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadgroup --durations=15
+	$(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadfile --durations=15
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,9 +1,6 @@
 """Settings that all tests share; they have to be made before JAX starts its devices."""
 
 import os
-from pathlib import Path
-
-import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Enough fake devices for a mesh of 2 × 2 × 2; what runs on one of them is about as fast as without.
@@ -19,11 +16,3 @@ jax.config.update("jax_platforms", "cpu")
 # A silent promotion of dtypes or ranks hides faults that only show at another precision or size.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.hookimpl(tryfirst=True)  # before the plugin looks for these marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps together, where processes share the tests, those that share what is made once."""
-    for item in items:
-        path = Path(item.path).relative_to(Path(__file__).parent)
-        item.add_marker(pytest.mark.xdist_group("train" if path.parts[0] == "train" else str(path)))
