@@ -73,9 +73,8 @@ class Custom(FileSource):
 
     def __getitem__(self, index: int) -> Record:
         """Raises ValueError with everything that is wrong with a sample, after the number of its line."""
-        self._check(index)
-        start, stop = map(int, self._spans[index])
-        return self._record(f"{self._path.name}:{self._numbers[index]}", parse_line(self._data[start:stop]))
+        (line,) = self._read(index)
+        return self._record(f"{self._path.name}:{self._numbers[index]}", parse_line(line))
 
     def _find(self, data: bytes) -> Iterator[tuple[str, Sequence[Element]]]:
         for number, start, text in read_lines(io.BytesIO(data)):

@@ -36,8 +36,8 @@ class Element(NamedTuple):
 class FileSource(abc.ABC):
     """Records out of one annotation file and a place of images.
 
-    Keeps the file's bytes and where in them samples are, so that it takes little more than the file's size in
-    memory and on its way to a worker. A bad sample is its own affair: it raises when it is asked for.
+    Keeps where in the file samples are, and reads them there again: of a file of gigabytes, little lies in the
+    memory of each worker. A bad sample is its own affair: it raises when it is asked for.
 
     Raises:
       OSError: a file that can't be read.
@@ -49,10 +49,12 @@ class FileSource(abc.ABC):
     def __init__(self, annotations: str | os.PathLike[str], images: str | os.PathLike[str]):
         self._path = Path(annotations)
         self._images = open_images(images)
-        self._data = self._path.read_bytes().removeprefix(BOM)
+        data = self._path.read_bytes()
+        self._size = len(data)
+        self._begin = len(BOM) if data.startswith(BOM) else 0
         self._dropped: collections.Counter[str] = collections.Counter()
         spans, ends, names, name_ends = array("q"), array("q", [0]), bytearray(), array("q", [0])
-        for name, elements in self._found():
+        for name, elements in self._found(data[self._begin :]):
             for element in elements:
                 spans.extend(element[1:])
             ends.append(len(spans) // 2)
@@ -62,9 +64,9 @@ class FileSource(abc.ABC):
         self._ends = np.array(ends, np.int64)
         self._names, self._name_ends = bytes(names), np.array(name_ends, np.int64)
 
-    def _found(self) -> Iterator[tuple[str, Sequence[Element]]]:
+    def _found(self, data: bytes) -> Iterator[tuple[str, Sequence[Element]]]:
         try:
-            yield from self._find(self._data)
+            yield from self._find(data)
         except json.JSONDecodeError as error:
             raise ValueError(f"{self._path} is no JSON: {error}") from error
         except RecursionError as error:
@@ -81,9 +83,7 @@ class FileSource(abc.ABC):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Record:
-        self._check(index)
-        spans = self._spans[self._ends[index] : self._ends[index + 1]]
-        return self._record(f"{self.name}/{index}", *(parse(self._data[a:b]) for a, b in spans))
+        return self._record(f"{self.name}/{index}", *map(parse, self._read(index)))
 
     def image_key(self, index: int) -> str:
         """The resolved path of the record's image; without an image a name that no other record has."""
@@ -95,6 +95,18 @@ class FileSource(abc.ABC):
         with contextlib.suppress(ValueError):
             return self._images.key(name)
         return f"{self.name}/{index}"
+
+    def _read(self, index: int) -> list[bytes]:
+        """The bytes of the values that belong to a sample."""
+        self._check(index)
+        found = []
+        with self._path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != self._size:
+                raise OSError(f"{self._path} has changed since it was opened")
+            for start, stop in self._spans[self._ends[index] : self._ends[index + 1]].tolist():
+                file.seek(self._begin + start)
+                found.append(file.read(stop - start))
+        return found
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):

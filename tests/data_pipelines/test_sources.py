@@ -294,7 +294,7 @@ def test_text_is_utf_8_and_what_is_not_spoils_its_sample_only(tmp_path: Path) ->
     assert len({source.image_key(index) for index in range(3)}) == 3
 
 
-def test_a_source_takes_little_more_than_its_file_and_works_after_pickling(tmp_path: Path) -> None:
+def test_a_source_takes_far_less_than_its_file_and_works_after_pickling(tmp_path: Path) -> None:
     content = coco(tmp_path)
     content["images"] += [{**content["images"][0], "id": number} for number in range(1000, 1400)]
     content["annotations"] += [
@@ -302,11 +302,19 @@ def test_a_source_takes_little_more_than_its_file_and_works_after_pickling(tmp_p
     ]
     source = opened(Coco, tmp_path, content)
     data = pickle.dumps(source)
-    assert len(data) < 1.5 * (tmp_path / "annotations.json").stat().st_size
+    assert len(data) < 0.5 * (tmp_path / "annotations.json").stat().st_size
     again = pickle.loads(data)
     assert len(again) == 403
     assert again[400].turns == source[400].turns
     assert again.image_key(400) == source.image_key(0)
+
+
+def test_a_file_that_changed_since_is_told_and_not_misread(tmp_path: Path) -> None:
+    source = opened(Coco, tmp_path, coco(tmp_path))
+    with (tmp_path / "annotations.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(OSError, match=r"annotations\.json has changed since it was opened"):
+        source[0]
 
 
 def test_an_index_outside_of_the_source_is_refused(tmp_path: Path) -> None:
