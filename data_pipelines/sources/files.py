@@ -36,8 +36,8 @@ class Element(NamedTuple):
 class FileSource(abc.ABC):
     """Records out of one annotation file and a place of images.
 
-    Keeps where in the file samples are, and reads them there again: of a file of gigabytes, little lies in the
-    memory of each worker. A bad sample is its own affair: it raises when it is asked for.
+    Keeps where in the file samples are, and reads them there again: of a file of gigabytes, little lies in
+    the memory of each worker. A bad sample is its own affair: it raises when it is asked for.
 
     Raises:
       OSError: a file that can't be read.
