@@ -5,7 +5,7 @@
         --config.init_from=checkpoints/osprey
 
 `data_pipelines/sources/custom.py` tells what a line holds.
-Hardware: meant for four devices of 80 GB.
+Hardware: meant for four devices of 80 GB; `--config.mesh.fsdp=N` for N of them.
 """
 
 from pathlib import Path

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import shard_writing
+from data_pipelines import command_line, shard_writing
 from data_pipelines.records import Source
 from data_pipelines.shard_writing import SHARD_RECORDS, Plan, PrepareError
 from data_pipelines.stored_format import KEYS, LEFT_OUT, PREPARED, PROGRESS, SPLIT, VERSION, features
@@ -83,11 +83,15 @@ def prepare(
 ) -> Report:
     """Writes a source of the catalog into the directory `output`; see `store`.
 
-    Raises what `catalog.open_source` and `store` raise.
+    Raises what `command_line.open_source` and `store` raise, and ValueError for a prepared directory.
     """
-    from data_pipelines import catalog
+    from data_pipelines.catalog import CATALOG
 
-    source = catalog.open_source(source_name, annotations=annotations, images=images)
+    _check_output(output)
+    if source_name not in CATALOG and (Path(source_name) / PREPARED).is_file():
+        raise ValueError(f"{source_name} is prepared already: name it in place of a source, or copy it")
+    source_name, annotations = command_line.split_custom(source_name, annotations)
+    source = command_line.open_source(source_name, annotations=annotations, images=images)
     given = {
         "annotations": _fingerprint(annotations),
         "images": None if images is None else os.path.abspath(images),
@@ -103,7 +107,7 @@ def store(
     settings: Mapping[str, Any],
     shard_records: int = SHARD_RECORDS,
 ) -> Report:
-    """Writes all records of a source into a directory, or what of them is missing there.
+    """Writes all records of a source into a directory, or what of them is missing or damaged there.
 
     Args:
       source: has to be picklable where there are several workers.
@@ -119,8 +123,7 @@ def store(
     """
     from tensorflow_datasets.core.naming import is_valid_dataset_name
 
-    if "://" in os.fspath(output):
-        raise ValueError(f"files are prepared in a local directory and copied from there, {output} is none")
+    _check_output(output)
     output = Path(output).absolute()
     dataset = re.sub("[^a-z0-9]+", "_", source.name.lower()).strip("_")
     dataset = dataset if is_valid_dataset_name(dataset) else f"osprey_{dataset}"
@@ -128,20 +131,79 @@ def store(
     settings = {"version": VERSION, "name": source.name, "samples": len(source), **settings}
     settings["shard_records"] = shard_records
     if (output / PREPARED).exists():
-        prepared = json.loads((output / PREPARED).read_text())
+        prepared = _read_prepared(output)
         _check_settings(output, prepared["settings"], settings)
-        return _report(output, prepared, finished_before=True)
+        if not (damaged := _damaged(output, prepared)):
+            return _report(output, prepared, finished_before=True)
+        print(f"missing or damaged, written again: {', '.join(damaged)}", file=sys.stderr)
     with _begun(plan, settings):
+        if (output / PREPARED).exists():
+            _reopen(plan, _read_prepared(output))
         shard_writing.write_shards(source, plan, workers=workers)
         prepared = _finish(source, plan, settings)
     return _report(output, prepared)
+
+
+def _check_output(output: str | os.PathLike) -> None:
+    # A `Path` has lost one of the two slashes.
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(output)):
+        raise ValueError(f"files are prepared in a local directory and copied from there, {output} is none")
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"{output} is a file: name a new directory")
+
+
+def _read_prepared(output: Path) -> dict[str, Any]:
+    try:
+        prepared: dict[str, Any] = json.loads((output / PREPARED).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{output} is damaged: {PREPARED} is not valid json; delete the directory"
+        ) from error
+    return prepared
+
+
+def _damaged(output: Path, prepared: dict[str, Any]) -> list[str]:
+    """Names of files that are missing, and of shards that have another size than when they were written."""
+    sizes = {name: num_bytes for name, _, num_bytes in prepared["shards"]}
+    sizes |= dict.fromkeys((KEYS, LEFT_OUT, "dataset_info.json", "features.json"))
+    paths = [(output / name, size) for name, size in sizes.items()]
+    return [
+        path.name for path, size in paths if not path.is_file() or size not in (None, path.stat().st_size)
+    ]
+
+
+def _reopen(plan: Plan, prepared: dict[str, Any]) -> None:
+    """Makes a finished directory an unfinished one that has the shards which are as they were written.
+
+    It has none of them where what was noted of the samples can't be read any more.
+    """
+    damaged = _damaged(plan.output, prepared)
+    try:
+        keys = np.load(plan.output / KEYS)
+        lines = (plan.output / LEFT_OUT).read_text("utf-8").split("\n")
+        left_out = [json.loads(line) for line in lines if line]
+    except (OSError, ValueError, EOFError):
+        keys, left_out = np.zeros(0, np.uint64), []
+    lost = sum(prepared["left_out"].values())
+    if (len(keys), len(left_out)) == (prepared["records"], lost):
+        start = 0
+        for shard, (name, records, _) in enumerate(prepared["shards"]):
+            note = {
+                "keys": [f"{key:016x}" for key in keys[start : start + records].tolist()],
+                "left_out": [entry for entry in left_out if entry["index"] in plan.indices(shard)],
+            }
+            start += records
+            if name not in damaged:
+                shard_writing.write_whole(plan.note(shard), json.dumps(note).encode())
+    (plan.output / PREPARED).unlink()
 
 
 @contextlib.contextmanager
 def _begun(plan: Plan, settings: dict[str, Any]) -> Iterator[None]:
     """Holds an unfinished directory for this process alone."""
     output, progress = plan.output, plan.output / PROGRESS
-    if output.is_dir() and any(output.iterdir()) and not progress.is_dir():
+    known = progress.is_dir() or (output / PREPARED).is_file()
+    if output.is_dir() and any(output.iterdir()) and not known:
         raise ValueError(f"{output} has other files in it: name a new directory")
     progress.mkdir(parents=True, exist_ok=True)
     with (progress / "lock").open("w") as lock:
@@ -262,12 +324,17 @@ def _table(counts: Mapping[str, int], rows: int = 20) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m data_pipelines prepare`."""
     parser.epilog = (
-        "Run again, the same command goes on with what is missing. The exit status is 1 if too many samples "
-        "were left out, or if a file could not be written."
+        "Run again, the same command goes on with what is missing, and writes again what was deleted or cut "
+        "short since. Each sample is stored with its image, so a set of many samples an image grows: 13 MB "
+        "of images with 40 samples each became 516 MB. The exit status is 1 if too many samples were left "
+        "out, or if a file could not be written."
     )
     add = parser.add_argument
     add(
-        "--source", required=True, metavar="NAME", help="one of the sources (python -m data_pipelines --help)"
+        "--source",
+        required=True,
+        metavar="NAME",
+        help="one of the sources (python -m data_pipelines --help), or custom:FILE.jsonl",
     )
     add("--annotations", type=Path, metavar="FILE", help="the source's annotations")
     add(
@@ -276,7 +343,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="its images: a directory, a .tar, a directory of .tar shards",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="a new directory, or an unfinished one")
+    add("--output", required=True, metavar="DIR", help="a new directory, or an unfinished one")
     add(
         "--workers",
         type=_count,
@@ -305,6 +372,11 @@ def run(args: argparse.Namespace) -> int:
         )
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # What is read has been opened by `prepare`, which tells in a ValueError where that fails.
+        what = error.filename or args.output
+        print(f"error: cannot write {what}: {error.strerror or error}", file=sys.stderr)
         return 1
     print(report)
     if report.exceeds(args.max_left_out):

@@ -14,6 +14,10 @@ from data_pipelines.records import Source
 from osprey_jax.figure import FORMATS
 from osprey_jax.prompt import Tokenizer
 
+SMALL_TOKENIZER = "tokens are those of shapes' small tokenizer; --tokenizer DIR for yours"
+"""Said where there is no --tokenizer."""
+_CUSTOM = "custom:"
+
 
 class _SourceOption(argparse.Action):
     """Collects what belongs to one source, so that several can follow each other on the command line."""
@@ -40,7 +44,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         action=_SourceOption,
         metavar="NAME",
-        help="a source (python -m data_pipelines --help lists them), or a directory made by prepare",
+        help="a source (python -m data_pipelines --help lists them), custom:FILE.jsonl, or a directory "
+        "made by prepare",
     )
     add("--annotations", action=_SourceOption, type=Path, metavar="FILE", help="the source's annotations")
     add(
@@ -59,6 +64,8 @@ def open_sources(given: Sequence[Mapping[str, Any]]) -> list[Source]:
     """
     from data_pipelines import catalog
 
+    if sys.stdout is None:
+        raise ValueError("stdout is closed: there is nowhere to print to")
     if not given or any("source" not in entry for entry in given):
         raise ValueError("no --source given: name one of " + ", ".join(catalog.CATALOG))
     sources: list[Source] = []
@@ -68,14 +75,46 @@ def open_sources(given: Sequence[Mapping[str, Any]]) -> list[Source]:
         if not paths and name not in catalog.CATALOG and Path(name).is_dir():
             sources.append(catalog.open_from_root(name, Path()))
         else:
-            try:
-                sources.append(catalog.open_source(name, **paths))
-            except FileNotFoundError as error:
-                get = catalog.CATALOG[name].get
-                raise ValueError(f"{name}: there is no {error.filename}. To be got: {get}") from error
+            sources.append(open_source(name, **paths))
         if not len(sources[-1]):
             raise ValueError(f"{name} has no samples{dropped(sources[-1])}")
     return sources
+
+
+def open_source(
+    name: str,
+    *,
+    annotations: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
+) -> Source:
+    """Opens a source of the catalog, or `custom:FILE.jsonl`.
+
+    Raises ValueError as `catalog.open_source` does, and for files that aren't there or can't be read.
+    """
+    from data_pipelines import catalog
+
+    name, annotations = split_custom(name, annotations)
+    try:
+        return catalog.open_source(name, annotations=annotations, images=images)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            what = f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)
+            raise ValueError(f"{name}: {what}") from error
+        what = f"there is no {error.filename}" if error.filename else str(error)
+        raise ValueError(f"{name}: {what}. To be got: {catalog.CATALOG[name].get}") from error
+
+
+def split_custom(
+    name: str, annotations: str | os.PathLike[str] | None
+) -> tuple[str, str | os.PathLike[str] | None]:
+    """Name and annotations of a source; those of `custom:FILE.jsonl` are in its name, as in training."""
+    if not name.startswith(_CUSTOM):
+        return name, annotations
+    if annotations is not None:
+        raise ValueError(f"{name} names its annotations itself: leave out --annotations {annotations}")
+    if not (file := name.removeprefix(_CUSTOM)):
+        raise ValueError(f"which file? name it as {_CUSTOM}FILE.jsonl")
+    return "custom", file
 
 
 def dropped(source: Source) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import stat
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ class Images:
     def __init__(self, root: Path, shards: tuple[Path, ...]):
         """Reads where in the shards each member is."""
         self._root = root
+        self._absolute = tuple(dict.fromkeys((os.path.abspath(root), os.path.realpath(root))))
         self._shards = shards
         self._folders: dict[str, str] = {}
         members: dict[bytes, tuple[int, int, int]] = {}
@@ -39,9 +41,9 @@ class Images:
 
         Raises:
           FileNotFoundError: no such image.
-          ValueError: a name that leads out of the directory.
+          ValueError: a name that leads out of the directory, or to what is no regular file.
         """
-        relative = _inside(name)
+        relative = self._inside(name)
         if (place := self._place(relative)) is not None:
             shard, offset, size = place
             with self._shards[shard].open("rb") as file:
@@ -50,21 +52,43 @@ class Images:
             if len(data) < size:
                 raise OSError(f"{self._shards[shard]} ends inside of {name}")
             return data
+        path = self._root / relative
         try:
-            return (self._root / relative).read_bytes()
+            # To open a FIFO would wait for ever.
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError(f"the image {name} in {self._root} is a directory or no regular file")
+            return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"no image {name} in {self._root}") from None
+        except OSError as error:
+            told = name if len(name) <= 200 else f"{name[:200]}…"
+            raise type(error)(f"cannot read the image {told} in {self._root}: {error.strerror}") from None
 
     def key(self, name: str) -> str:
         """A name of the file that is the same for all that lead to it; whether there is one isn't looked at.
 
         Raises ValueError for a name that leads out of the directory.
         """
-        relative = _inside(name)
+        relative = self._inside(name)
         if (place := self._place(relative)) is not None:
             shard, offset, _ = place
             return f"{self._resolved(os.fspath(self._shards[shard]))}:{offset}"
         return self._resolved(os.path.join(self._root, relative))
+
+    def _inside(self, name: str) -> str:
+        """The name in its shortest form, relative to the root."""
+        if not name or "\0" in name:
+            raise ValueError(f"no name of an image: {name!r}")
+        shortest = posixpath.normpath(name)
+        if os.path.isabs(shortest):
+            for root in self._absolute:
+                if (relative := os.path.relpath(shortest, root)) != ".." and not relative.startswith("../"):
+                    return relative
+        elif shortest != ".." and not shortest.startswith("../"):
+            return shortest
+        raise ValueError(
+            f"the image {name} lies outside of the images' directory {self._root}; give names relative to it"
+        )
 
     def _resolved(self, path: str) -> str:
         folder, name = os.path.split(path)
@@ -100,16 +124,6 @@ def open_images(path: str | os.PathLike[str]) -> Images:
     if not root.exists():
         raise FileNotFoundError(f"no images at {root}: neither a directory nor a .tar")
     return Images(root, (root,))
-
-
-def _inside(name: str) -> str:
-    """The name in its shortest form."""
-    if not name or "\0" in name:
-        raise ValueError(f"no name of an image: {name!r}")
-    shortest = posixpath.normpath(name)
-    if os.path.isabs(name) or shortest == ".." or shortest.startswith("../"):
-        raise ValueError(f"the image {name} lies outside of the images' directory")
-    return shortest
 
 
 def _members(shard: Path) -> Iterator[tuple[bytes, tuple[int, int]]]:

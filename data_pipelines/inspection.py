@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json(sample))
     else:
+        if args.tokenizer is None:
+            print(command_line.SMALL_TOKENIZER, file=sys.stderr)
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         command_line.echo(to_text(sample, tokenizer, colour=colour))
     return 0

@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 WATCHED = 1000
 """The share of failures is taken over this many samples."""
+SHOWN = 5
+"""How many reasons of failures are told."""
 
 
 def make_loader(
@@ -247,7 +249,10 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         return "; ".join(skipped + turns + empty)
 
     def _reasons(self) -> str:
-        return "; ".join(f"{count}: {reason}" for reason, count in self.skipped.most_common())
+        """The commonest reasons, in words."""
+        named = [f"{count}: {reason}" for reason, count in self.skipped.most_common(SHOWN)]
+        others = len(self.skipped) - len(named)
+        return "; ".join([*named, *([f"{others} other reasons"] if others else [])])
 
     def get_state(self) -> bytes:
         """JSON from which `set_state` continues after the last batch that was yielded."""
@@ -329,6 +334,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
             raise FailingSamples(
                 f"more than {self._tolerance:.0%} of the last {WATCHED} samples failed ({self._reasons()}), "
                 f"the last one {element.sample_id}: {element.message}"
+                + (f"; each is named in {self.report}" if self.report else "")
             )
 
 

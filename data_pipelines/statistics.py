@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         heading = f"{heading}: {len(found.lengths):,} samples"
         picture = histograms.draw(statistics_report.histograms_of(found), marks=marks, heading=heading)
         command_line.save_figure(picture, args.figure)
+    if args.tokenizer is None:
+        print(command_line.SMALL_TOKENIZER, file=sys.stderr)
     if args.json:
         print(statistics_report.to_json(found, buckets))
     else:

@@ -46,6 +46,9 @@ from osprey_jax.typing import Array, Params
 SYSTEMS = {"training": SYSTEM_TRAINING, "inference": SYSTEM_INFERENCE}
 
 
+HELP = "configs/base.py has every key and what it means, the files beside it what differs for a stage."
+
+
 class NotFinite(ArithmeticError):
     """A loss or a gradient that is no number, and the samples that it came from."""
 
@@ -159,7 +162,10 @@ def make_mesh(config: ConfigDict) -> Mesh:
     if not sizes["data"]:
         others = math.prod(size for axis, size in sizes.items() if axis != "data")
         sizes["data"] = max(jax.device_count() // max(others, 1), 1)
-    mesh = sharding.make_mesh(**sizes)
+    try:
+        mesh = sharding.make_mesh(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{error}; override config.mesh, as in --config.mesh.fsdp=1") from error
     shards = NamedSharding(mesh, sharding.partition_spec(("batch",))).num_devices // config.mesh.tensor
     train_config.check_batch(config, shards=shards)
     return mesh
@@ -362,6 +368,7 @@ def stop_signals() -> Iterator[Callable[[], str | None]]:
 
     def handle(number: int, _: Any) -> None:
         received.append(signal.Signals(number).name)
+        say(f"{received[0]}: stopping after this step, a second one stops at once")
         signal.signal(number, before[number])
 
     before = {int(number): signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -374,10 +381,14 @@ def stop_signals() -> Iterator[Callable[[], str | None]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__, train_config.USAGE, HELP, sep="\n")
+        return 0
     try:
         with stop_signals() as stopped:
             with refusals():
-                config, workdir = train_config.parse(sys.argv[1:] if argv is None else argv)
+                config, workdir = train_config.parse(argv)
             print(train(config, workdir, stopped=stopped))
     except (Refused, NotFinite, FailingSamples, OSError) as error:
         # One line, but for what is listed.

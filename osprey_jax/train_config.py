@@ -68,7 +68,10 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
     except flags.UnrecognizedFlagError as error:
         raise ValueError(f"{_one_line(error)}; {USAGE}") from error
     except flags.Error as error:
-        raise ValueError(_one_line(error)) from error
+        # What a config file raises comes as a whole traceback.
+        text = str(error).strip()
+        told = text.splitlines()[-1] if "Traceback" in text else text
+        raise ValueError(" ".join(told.split())) from error
     except OSError as error:
         raise ValueError(f"cannot read the config: {str(error).splitlines()[-1]}") from error
     except AttributeError as error:
@@ -108,6 +111,8 @@ def check(config: ConfigDict) -> None:
         _require(strings, config, key, "must be a tuple of strings")
     for key in ("data.share_image", "data.images_per_row"):
         _require(_value(config, key) >= 1, config, key, "must be at least 1")
+        packs = _value(config, key) > 1 and not config.steps
+        _require(not packs, config, key, "above 1 needs --config.steps=N --config.epochs=0.")
     _require(0 < config.data.tolerance <= 1, config, "data.tolerance", "must be a share above 0, at most 1")
     pairs = all(isinstance(item, tuple) and len(item) == 2 for item in config.data.buckets)
     pairs = pairs and all(isinstance(size, int) and size > 0 for item in config.data.buckets for size in item)

@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
     ),
     "packed epochs": (
         {"data__share_image": 4, "steps": 0, "epochs": 1.0},
-        "packed rows can't be counted before they are read: give a number of steps instead of epochs",
+        "config.data.share_image above 1 needs --config.steps=N --config.epochs=0., got 4",
     ),
     "no checkpoint to begin with": ({"init_from": "/nowhere"}, "no directory /nowhere"),
     "unknown system": (
@@ -210,6 +210,20 @@ def test_the_stages_train_their_parts_of_the_released_model_and_tell_what_data_t
     assert first == f"data is missing under config.data.root, which is '{tmp_path}':"
     assert [line.partition(":")[0] for line in lacking] == list(config.data.sources)
     assert all(f"there is no {tmp_path}/" in line and len(line) > 100 for line in lacking)
+
+
+def test_fine_tuning_asks_for_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = [f"--config={ROOT / 'configs' / 'finetune_custom'}.py", f"--workdir={tmp_path / 'run'}"]
+    assert refusal(arguments, capsys).startswith("ValueError: name your file behind a colon: --config=")
+    config, _ = train_config.parse([f"{arguments[0]}:mine.jsonl", arguments[1]])
+    assert config.data.sources == (f"custom:{Path('mine.jsonl').absolute()}",)
+
+
+def test_help_teaches_and_begins_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "python -m osprey_jax.train --config=configs/tiny.py" in out
+    assert "configs/base.py" in out
 
 
 def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
