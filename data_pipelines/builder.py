@@ -324,9 +324,9 @@ def _table(counts: Mapping[str, int], rows: int = 20) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m data_pipelines prepare`."""
     parser.epilog = (
-        "Run again, the same command goes on with what is missing, and writes again what was deleted or cut "
-        "short since. Each sample is stored with its image, so a set of many samples an image grows: 13 MB "
-        "of images with 40 samples each became 516 MB. The exit status is 1 if too many samples were left "
+        "Run again, the same command goes on with what is missing, and writes again what was deleted or cut\n"
+        "short since. Each sample is stored with its image, so a set of many samples an image grows: 13 MB\n"
+        "of images with 40 samples each became 516 MB. The exit status is 1 if too many samples were left\n"
         "out, or if a file could not be written."
     )
     add = parser.add_argument

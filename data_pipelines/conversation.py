@@ -78,7 +78,7 @@ def converse(record: Record, rng: np.random.Generator) -> Conversation:
         order = rng.permutation(len(turns))[: record.at_most]
         turns = [turns[index] for index in order]
     said = tuple(_with_phrase(turn, rng) for turn in turns)
-    return Conversation(record.opening, record.opening_regions, said, record.broken_regions + dropped)
+    return Conversation(record.opening, record.opening_regions, said, len(record.broken_regions) + dropped)
 
 
 def _with_phrase(turn: Turn, rng: np.random.Generator) -> Turn:

@@ -112,6 +112,11 @@ class Encoder:
                 self._tokens(group),
                 sum(said.text.dropped_turns for said in group),
                 sum(said.text.dropped_regions for said in group),
+                tuple(
+                    f"{said.record.sample_id}, {told}"
+                    for said in group
+                    for told in said.record.broken_regions
+                ),
             )
         ]
 

@@ -68,7 +68,7 @@ def to_text(sample: looking.Sample, tokenizer: Tokenizer, *, colour: bool) -> st
     if said.dropped_regions:
         why = "their masks are empty or broken"
         lines.append(f"  left out with their turns, for {why}: {said.dropped_regions} regions")
-    had = len(record.turns) + record.broken_regions - said.dropped_regions
+    had = len(record.turns) + len(record.broken_regions) - said.dropped_regions
     if (left := had - len(said.said)) > 0:
         lines.append(f"  not drawn: {left} of {len(record.turns)} turns; at most {record.at_most} are kept")
     return "\n".join(lines)

@@ -63,8 +63,10 @@ def group_by_image(sources: Sequence[Source], numbers: Sequence[int], *, most: i
         np.uint64,
         len(of_source),
     )
-    by_image = np.argsort(keys, kind="stable")
-    begins = np.flatnonzero(np.diff(keys[by_image], prepend=~keys[by_image[:1]]))
+    # Where an image comes first decides, not its name: data that were moved keep their order.
+    _, first, image = np.unique(keys, return_index=True, return_inverse=True)
+    by_image = np.argsort(first[image], kind="stable")
+    begins = np.flatnonzero(np.diff(first[image][by_image], prepend=-1))
     sizes = np.diff(begins, append=len(keys))
     ends = [
         begin + min(end, size)

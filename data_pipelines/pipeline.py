@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import grain
 from absl import flags
@@ -20,8 +21,10 @@ from absl import flags
 from data_pipelines.encoder import Element, Encoder, Skipped
 from data_pipelines.order import HostShare, order
 from data_pipelines.packing import Bucket, collate, fits
+from data_pipelines.reasons import reason
 from data_pipelines.records import Source
 from data_pipelines.transforms import Example, LossPer
+from data_pipelines.watched import Watched
 from data_pipelines.workers import end_with_parent
 from osprey_jax.batch import Batch
 from osprey_jax.config import OspreyConfig
@@ -30,7 +33,11 @@ from osprey_jax.prompt import SYSTEM_TRAINING, Tokenizer
 _log = logging.getLogger(__name__)
 
 WATCHED = 1000
-"""The share of failures is taken over this many samples."""
+"""The share of failures is taken over this many of the last samples,"""
+AT_LEAST = 100
+"""and over so many in the beginning."""
+MOST_AHEAD = 16
+"""Samples that a worker encodes ahead, and so many again on their way from it."""
 SHOWN = 5
 """How many reasons of failures are told."""
 
@@ -84,13 +91,13 @@ def make_loader(
       workers: processes that encode; 0 for threads of this one.
       threads: threads that encode, in this process or in each worker.
       prefetch: batches encoded ahead.
-      tolerance: the share of failing samples, of the last 1,000, beyond which the stream raises
-        FailingSamples.
+      tolerance: the share of failing samples, of the last 1,000 and in the beginning of 100, beyond which the
+        stream raises FailingSamples. One that fails is replaced by the next.
 
     Raises:
       ValueError: settings that don't fit together.
     """
-    _check(sources, tokenizer, config, weights, buckets, batch_size, num_hosts)
+    _check(sources, tokenizer, config, weights, buckets, batch_size, host, num_hosts, systems, loss_per)
     if epochs is not None and num_steps is not None:
         raise ValueError(f"epochs ({epochs}) and num_steps ({num_steps}) exclude each other")
     if epochs is not None and max(share_image, images_per_row) > 1:
@@ -143,7 +150,10 @@ def _check(
     weights: Sequence[float] | None,
     buckets: Sequence[tuple[int, int]],
     batch_size: int,
+    host: int,
     num_hosts: int,
+    systems: Sequence[str],
+    loss_per: str,
 ) -> None:
     if not sources:
         raise ValueError("no sources given")
@@ -157,7 +167,11 @@ def _check(
         raise ValueError(
             f"hosts can't agree on one of {len(buckets)} buckets: give one for {num_hosts} hosts"
         )
-    if batch_size % num_hosts:
+    if not 0 <= host < num_hosts:
+        raise ValueError(f"host {host} is none of {num_hosts} hosts")
+    if not systems or loss_per not in get_args(LossPer):
+        raise ValueError(f"no system texts, or a loss per {loss_per!r}, not {' or '.join(get_args(LossPer))}")
+    if batch_size < 1 or batch_size % num_hosts:
         raise ValueError(f"a batch of {batch_size} doesn't divide over {num_hosts} hosts")
     found = tokenizer.mask_id, tokenizer.position_id
     expected = config.mask_token_id, config.position_token_id
@@ -197,6 +211,8 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         """Batches in the whole stream, or None."""
         self.skipped: collections.Counter[str] = collections.Counter()
         """How many samples were skipped since the start of this process, by the reason."""
+        self.broken_regions: collections.Counter[str] = collections.Counter()
+        """The same of regions that were left out of samples."""
         self.dropped_turns = 0
         """Turns of split conversations that were not in this epoch's part, since this process started."""
         self.dropped_regions = 0
@@ -211,11 +227,11 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self._identity = identity
         self._step = 0
         self._at = (0, 0)  # the next element: its place, and its number among those of the place
-        self._iterator: grain.DatasetIterator[list[Element]] | None = None
+        self._iterator: grain.DatasetIterator[list[Element]] | Watched[list[Element]] | None = None
         self._read: collections.deque[Element] = (
             collections.deque()
         )  # elements of this place, from the next on
-        self._failures: collections.deque[bool] = collections.deque(maxlen=WATCHED)
+        self._failures: collections.deque[float] = collections.deque(maxlen=WATCHED)
 
     def __next__(self) -> tuple[Batch, list[str]]:
         if self._step == self.num_steps:
@@ -243,16 +259,15 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
 
     def left_out(self) -> str:
         """What of the data was not used since the start of this process, in words; empty where all was."""
-        skipped = [f"{self.skipped.total()} samples were skipped ({self._reasons()})"] if self.skipped else []
+        skipped = [
+            f"{reasons.total()} {what} were skipped ({_commonest(reasons)})"
+            for what, reasons in (("samples", self.skipped), ("regions", self.broken_regions))
+            if reasons
+        ]
         turns = [f"{self.dropped_turns} turns did not fit beside others"] if self.dropped_turns else []
-        empty = [f"{self.dropped_regions} regions have no mask"] if self.dropped_regions else []
+        no_mask = self.dropped_regions - self.broken_regions.total()
+        empty = [f"{no_mask} regions have empty masks"] if no_mask else []
         return "; ".join(skipped + turns + empty)
-
-    def _reasons(self) -> str:
-        """The commonest reasons, in words."""
-        named = [f"{count}: {reason}" for reason, count in self.skipped.most_common(SHOWN)]
-        others = len(self.skipped) - len(named)
-        return "; ".join([*named, *([f"{others} other reasons"] if others else [])])
 
     def get_state(self) -> bytes:
         """JSON from which `set_state` continues after the last batch that was yielded."""
@@ -280,9 +295,10 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
             self._iterator = None
             self._read.clear()
 
-    def _start(self) -> grain.DatasetIterator[list[Element]]:
-        workers = max(self._workers, 1)
-        ahead = max(self._threads, math.ceil(self._ahead / workers))
+    def _start(self) -> grain.DatasetIterator[list[Element]] | Watched[list[Element]]:
+        # A worker keeps few, for a hundred of them are hundreds of megabytes; this process keeps the others.
+        ahead = min(self._ahead, MOST_AHEAD) if self._workers else self._ahead
+        ahead = max(self._threads, ahead)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead)
         places = self._places[self._at[0] :].to_iter_dataset(options)
         if self._workers:
@@ -294,6 +310,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
                 places, grain.experimental.DatasetOptions(min_shm_size=1 << 16)
             )
             places = places.mp_prefetch(processes, worker_init_fn=_start_worker)
+            return Watched(iter(places), ahead=self._ahead)
         return iter(places)
 
     def _peek(self) -> Example:
@@ -301,8 +318,10 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         if self._iterator is None:
             self._iterator = self._start()
             self._read.extend(next(self._iterator))
-            for _ in range(self._at[1]):
-                self._read.popleft()
+            # By samples: what becomes of them may be another number of sequences than it was.
+            taken = 0
+            while self._read and taken < self._at[1]:
+                taken += _samples(self._read.popleft())
         while True:
             while not self._read:
                 self._read.extend(next(self._iterator))
@@ -317,25 +336,51 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self._advance()
         self.dropped_turns += example.dropped_turns
         self.dropped_regions += example.dropped_regions
-        self._failures.extend([False] * len(example.sample_ids))
+        self._failures.extend([0.0] * len(example.sample_ids))
+        if example.broken:
+            for told in example.broken:
+                why = reason(ValueError(told.partition(", ")[2]))
+                self.broken_regions[why] += 1
+                self._tell(Skipped(told.partition(", ")[0], why, told))
+            share = len(example.broken) / (len(example.broken) + len(example.masks.position))
+            self._failures[-1] = share
+            self._check_failures(example.broken[-1])
 
     def _advance(self) -> None:
-        self._read.popleft()
-        self._at = (self._at[0], self._at[1] + 1)
+        taken = _samples(self._read.popleft())
+        self._at = (self._at[0], self._at[1] + taken)
 
     def _skip(self, element: Skipped) -> None:
-        self._failures.append(True)
+        self._failures.append(1.0)
         self.skipped[element.reason] += 1
+        self._tell(element)
+        self._check_failures(f"{element.sample_id}: {element.message}")
+
+    def _tell(self, element: Skipped) -> None:
         if self.report is not None:
             with self.report.open("a") as file:
                 file.write(json.dumps(element._asdict()) + "\n")
         _log.warning("skipped %s: %s", element.sample_id, element.message)
-        if sum(self._failures) > self._tolerance * WATCHED:
+
+    def _check_failures(self, last: str) -> None:
+        looked_at = max(len(self._failures), AT_LEAST)
+        if sum(self._failures) > self._tolerance * looked_at:
             raise FailingSamples(
-                f"more than {self._tolerance:.0%} of the last {WATCHED} samples failed ({self._reasons()}), "
-                f"the last one {element.sample_id}: {element.message}"
+                f"more than {self._tolerance:.0%} of the last {looked_at} samples failed "
+                f"({_commonest(self.skipped + self.broken_regions)}), the last one {last}"
                 + (f"; each is named in {self.report}" if self.report else "")
             )
+
+
+def _samples(element: Element) -> int:
+    return len(element.sample_ids) if isinstance(element, Example) else 1
+
+
+def _commonest(reasons: collections.Counter[str]) -> str:
+    """The commonest reasons, in words."""
+    named = [f"{count}: {told}" for told, count in reasons.most_common(SHOWN)]
+    others = len(reasons) - len(named)
+    return "; ".join([*named, *([f"{others} other reasons"] if others else [])])
 
 
 def _start_worker(worker: int, num_workers: int) -> None:

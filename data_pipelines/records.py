@@ -44,8 +44,8 @@ class Record:
     """Precedes whichever question is first; with an image it starts with `<image>` and a newline."""
     opening_regions: tuple[int, ...] = ()
     """The regions of the opening, as in `Turn.regions`."""
-    broken_regions: int = 0
-    """Regions of the sample that are left out, with their turns, because their masks can't be read."""
+    broken_regions: tuple[str, ...] = ()
+    """What is wrong with regions of the sample that are left out, with their turns; a message for each."""
     at_most: int = 0
     """Where it isn't 0, turns don't depend on each other: they are shuffled and so many are kept."""
     plain: bool = False

@@ -58,7 +58,7 @@ def features() -> "FeaturesDict":
             "regions": tfds.features.Sequence(np.int32, doc="of all turns, one after another"),
             "opening": text,
             "opening_regions": tfds.features.Sequence(np.int32),
-            "broken_regions": number,
+            "broken_regions": tfds.features.Sequence(text, doc="what is wrong with those left out"),
             "at_most": number,
             "plain": tfds.features.Scalar(np.bool_),
         }
@@ -100,7 +100,7 @@ def encode(record: Record) -> bytes:
         "regions": [region for turn in record.turns for region in turn.regions],
         "opening": record.opening,
         "opening_regions": list(record.opening_regions),
-        "broken_regions": record.broken_regions,
+        "broken_regions": list(record.broken_regions),
         "at_most": record.at_most,
         "plain": record.plain,
     }
@@ -140,7 +140,7 @@ def decode(data: bytes) -> Record:
         turns=tuple(turns),
         opening=texts("opening")[0],
         opening_regions=numbers("opening_regions"),
-        broken_regions=numbers("broken_regions")[0],
+        broken_regions=tuple(texts("broken_regions")),
         at_most=numbers("at_most")[0],
         plain=bool(numbers("plain")[0]),
     )

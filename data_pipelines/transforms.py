@@ -1,6 +1,7 @@
 """From records to what the model takes: pixels, mask pyramids, ids and labels."""
 
 import bisect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,8 @@ from osprey_jax.prompt import (
 )
 
 LossPer = Literal["dialogue", "token"]
+DECODED = 1 << 25
+"""Pixels of masks that are decoded at once, at most, if it isn't one mask that has more."""
 
 
 class Tokens(NamedTuple):
@@ -55,6 +58,8 @@ class Example(NamedTuple):
     """Turns that did not fit and are not part of this sequence."""
     dropped_regions: int = 0
     """Regions whose masks are empty or broken, left out with their turns."""
+    broken: tuple[str, ...] = ()
+    """What is wrong with the broken ones."""
 
 
 class DoesNotFit(ValueError):
@@ -116,7 +121,15 @@ def encode(
         part=part,
     )
     image, masks = encode_image(record.image, [record.masks[index] for index in text.regions], config)
-    return Example((record.sample_id,), image, masks, text.tokens, text.dropped_turns, text.dropped_regions)
+    return Example(
+        (record.sample_id,),
+        image,
+        masks,
+        text.tokens,
+        text.dropped_turns,
+        text.dropped_regions,
+        record.broken_regions,
+    )
 
 
 def encode_text(
@@ -135,21 +148,24 @@ def encode_text(
     image_tokens = config.vision.num_image_tokens
     whole = converse(record, rng)
 
-    def excess(conversation: Conversation) -> str | None:
-        dialogue = tokenize_conversation(record, conversation, tokenizer, system=system)
+    def tokenized(conversation: Conversation) -> Dialogue:
+        return tokenize_conversation(record, conversation, tokenizer, system=system)
+
+    def excess(conversation: Conversation, dialogue: Dialogue) -> str | None:
         tokens = len(dialogue.input_ids) + (image_tokens - 1) * dialogue.input_ids.count(IMAGE_TOKEN_ID)
         named = sum(map(len, conversation.regions))
         if tokens > length:
             return f"{tokens} tokens, {length} are allowed"
         return f"{named} regions, {regions} are allowed" if named > regions else None
 
-    conversation = whole
-    if excess(whole):
-        parts = _parts(whole, excess)
+    conversation, dialogue = whole, tokenized(whole)
+    if excess(whole, dialogue):
+        parts = _parts(whole, lambda some: excess(some, tokenized(some)))
         if not parts:
-            raise DoesNotFit(f"the first turn has {excess(whole.part(0, 1))}")
+            first = whole.part(0, 1)
+            raise DoesNotFit(f"the first turn has {excess(first, tokenized(first))}")
         conversation = parts[part % len(parts)]
-    dialogue = tokenize_conversation(record, conversation, tokenizer, system=system)
+        dialogue = tokenized(conversation)
     named = tuple(region for turn in conversation.regions for region in turn)
     _check_placeholders(dialogue, tokenizer, images=int(record.image is not None), regions=len(named))
     input_ids, labels = _expand_image(dialogue, image_tokens)
@@ -184,16 +200,28 @@ def encode_image(
 
     Raises ValueError where the image can't be read or the masks are of another size.
     """
-    masks = decode_rles(rles)
     vision = config.vision
-    pyramid = mask_pyramid(
-        masks, level_sizes=vision.level_sizes, position_size=config.extractor.position_size
-    )
-    if image is None:
-        return None, pyramid
-    pixels = load_image(image)
-    check_sizes([masks.shape[1:]] if rles else [], pixels.shape[:2])
-    return preprocess(pixels, size=vision.image_size), pyramid
+    tower_input = None
+    if image is not None:
+        pixels = load_image(image)
+        # Before masks are decoded: what they say of their size may be anything.
+        check_sizes((rle["size"] for rle in rles), pixels.shape[:2])
+        tower_input = preprocess(pixels, size=vision.image_size)
+    elif rles:
+        raise ValueError("regions without an image")
+    at_once = max(1, DECODED // max(1, math.prod(rles[0]["size"]))) if rles else 1
+    position_size = config.extractor.position_size
+    pyramids = [
+        mask_pyramid(
+            decode_rles(rles[start : start + at_once]),
+            level_sizes=vision.level_sizes,
+            position_size=position_size,
+        )
+        for start in range(0, max(len(rles), 1), at_once)
+    ]
+    levels = (np.concatenate(level) for level in zip(*(each.levels for each in pyramids), strict=True))
+    position = np.concatenate([each.position for each in pyramids])
+    return tower_input, MaskPyramid(levels=tuple(levels), position=position)
 
 
 def check_sizes(masks: Iterable[Sequence[int]], image: Sequence[int]) -> None:

@@ -1,19 +1,21 @@
 """Checks a user's own data (`sources.custom`) line by line and tells at once all that is wrong with it."""
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import os
+import re
+import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags
@@ -32,6 +34,8 @@ from data_pipelines.sources.custom_rules import (
     open_image,
     parse_line,
     read_lines,
+    seems_normalized,
+    why_no_jsonl,
 )
 from data_pipelines.sources.files import BOM
 from data_pipelines.workers import end_with_parent
@@ -44,6 +48,8 @@ CHUNK = 64
 """Lines that are checked at a time."""
 FEW_CHUNKS = 4
 """So many are checked before other processes would have started."""
+
+_REGION_WORD = re.compile(r"\bregion([1-9][0-9]{0,5})\b")
 
 
 class Finding(NamedTuple):
@@ -99,13 +105,20 @@ class _Chunk(NamedTuple):
     lines: int
 
 
-def validate(path: str | os.PathLike, *, images: str | os.PathLike | None = None, workers: int = 1) -> Report:
+def validate(
+    path: str | os.PathLike,
+    *,
+    images: str | os.PathLike | None = None,
+    workers: int = 1,
+    tell: Callable[[Report], None] | None = None,
+) -> Report:
     """Checks every line of a JSONL file and every image that it names, as training would.
 
     Args:
       path: the file.
       images: what names are relative to, as in `sources.custom.Custom`.
       workers: processes that share the work where there is much of it.
+      tell: called with what is found, part by part in the order of lines.
 
     Raises ValueError or OSError where the file or the images' folder can't be read.
     """
@@ -114,6 +127,15 @@ def validate(path: str | os.PathLike, *, images: str | os.PathLike | None = None
     opened = open_images(folder)
     chunks = _chunks(path)
     report = Report()
+
+    def take(part: Report) -> None:
+        report.add(part)
+        if tell is not None:
+            tell(part)
+
+    if (text := _why_no_jsonl(path)) is not None:
+        take(Report(findings=[Finding(0, "error", "JSON", text)]))
+        return report
     with tqdm(
         total=sum(chunk.lines for chunk in chunks),
         unit=" lines",
@@ -125,14 +147,26 @@ def validate(path: str | os.PathLike, *, images: str | os.PathLike | None = None
         if workers > 1 and len(chunks) > FEW_CHUNKS:
             found = _in_processes(path, folder, chunks, workers)
         else:
-            found = (_check_chunk(path, opened, chunk) for chunk in chunks)
-        for chunk, part in zip(chunks, found, strict=True):
-            report.add(part)
-            progress.update(chunk.lines)
+            found = _in_order(path, opened, chunks)
+        # Closed at once, so that an exception here ends the processes too.
+        with contextlib.closing(found):
+            for chunk, part in zip(chunks, found, strict=True):
+                if part.findings and sys.stderr.isatty():
+                    progress.clear()
+                take(part)
+                progress.update(chunk.lines)
     if report.lines == 0:
         text = "the file has no samples; write one JSON object a line"
-        report.findings.append(Finding(0, "error", "empty file", text))
+        take(Report(findings=[Finding(0, "error", "empty file", text)]))
     return report
+
+
+def _why_no_jsonl(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = len(BOM) if file.read(len(BOM)) == BOM else 0
+        first = next(read_lines(file, start=start), None)
+    reason = None if first is None else why_no_jsonl(path, first.text)
+    return None if reason is None else f"{path} {reason}"
 
 
 def _chunks(path: Path) -> list[_Chunk]:
@@ -149,27 +183,63 @@ def _chunks(path: Path) -> list[_Chunk]:
     return chunks
 
 
-def _in_processes(path: Path, folder: Path, chunks: list[_Chunk], workers: int) -> Iterator[Report]:
+def _in_order(path: Path, images: Images, chunks: list[_Chunk]) -> Generator[Report, None, None]:
+    for chunk in chunks:
+        yield _check_chunk(path, images, chunk)
+
+
+def _in_processes(
+    path: Path, folder: Path, chunks: list[_Chunk], workers: int
+) -> Generator[Report, None, None]:
     # Forking would take locks of whatever threads there are along.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(chunks)), context, end_with_parent) as pool:
-        reports = pool.map(functools.partial(_check_in_worker, path, folder), chunks)
-        for chunk in chunks:
+    workers = min(workers, len(chunks))
+    processes, receivers = [], []
+    try:
+        resource_tracker.ensure_running()  # which would let interrupts in
+        with _interrupts_held():  # processes inherit that, and leave Ctrl-C to this one from the start
+            for first in range(workers):
+                receiver, sender = context.Pipe(duplex=False)
+                arguments = (path, folder, chunks[first::workers], sender)
+                process = context.Process(target=_worker, args=arguments, daemon=True)
+                process.start()
+                sender.close()  # so that a process that dies ends what is received
+                processes.append(process)
+                receivers.append(receiver)
+        for place, chunk in enumerate(chunks):
             try:
-                yield next(reports)
-            except BrokenProcessPool as error:
+                part = receivers[place % workers].recv()
+            except (EOFError, ConnectionError) as error:
                 lines = f"line {chunk.number} or a later one"
                 raise OSError(f"a process that checked {lines} has died, perhaps of memory") from error
+            if isinstance(part, Exception):
+                raise part
+            yield part
+    finally:
+        with _interrupts_held():
+            for process in processes:
+                process.terminate()
+                process.join()
 
 
-def _check_in_worker(path: Path, folder: Path, chunk: _Chunk) -> Report:
-    return _check_chunk(path, _opened_images(folder), chunk)
+def _worker(path: Path, folder: Path, chunks: list[_Chunk], sender: Connection) -> None:
+    end_with_parent()
+    try:
+        images = open_images(folder)
+        for chunk in chunks:
+            sender.send(_check_chunk(path, images, chunk))
+    except (ValueError, OSError) as error:
+        sender.send(error)
 
 
-@functools.lru_cache(maxsize=1)
-def _opened_images(folder: Path) -> Images:
-    """Tar files are indexed once for all chunks of a worker."""
-    return open_images(folder)
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_chunk(path: Path, images: Images, chunk: _Chunk) -> Report:
@@ -209,7 +279,7 @@ def check_line(data: bytes, images: Images, number: int = 1) -> Report:
             converse(record, np.random.default_rng(0))
         except ValueError as error:
             problems.append(Problem("region", f"{error}, so that no turn is left"))
-        for kind, text in _doubts(record):
+        for kind, text in (*_doubts(record), *_doubtful_numbers(record), *_doubtful_coordinates(entry)):
             add("warning", kind, text)
     try:
         name = image_name(entry)
@@ -244,14 +314,51 @@ def _decode(data: bytes, name: str) -> int | None:
 
 
 def _doubts(record: Record) -> Iterator[Problem]:
-    named = {region for turn in record.turns for region in turn.regions}
+    named = Counter(record.opening_regions)
+    for turn in record.turns:
+        named.update(turn.regions)
+    alone = {turn.regions[0] for turn in record.turns if len(turn.regions) == 1}
     for index, rle in enumerate(record.masks):
         region = f"region {index + 1}"
         if rle_area(rle) == 0:
-            yield Problem("empty mask", f"{region}: no pixel of the image is inside; check its coordinates")
-        if index not in named:
+            if not named[index]:
+                training = ""
+            elif named[index] == 1 and index in alone:
+                training = "; training leaves it out with its question and the answer"
+            else:
+                training = "; training keeps it, as an empty region"
+            text = f"{region}: no pixel of the image is inside{training}; check its coordinates"
+            yield Problem("empty mask", text)
+        if not named[index]:
             text = f"{region}: no question names it, so it is never seen; write <region{index + 1}> in one"
             yield Problem("unnamed region", text)
+
+
+def _doubtful_numbers(record: Record) -> Iterator[Problem]:
+    """Where answers number regions otherwise than the model can count them."""
+    if record.opening_regions or not record.masks:
+        return
+    shown: list[int] = []
+    told: set[int] = set()
+    for place, turn in enumerate(record.turns, 1):
+        shown += [index for index in dict.fromkeys(turn.regions) if index not in shown]
+        for number in dict.fromkeys(map(int, _REGION_WORD.findall(turn.answer))):
+            if number in told or shown[number - 1 : number] == [number - 1]:
+                continue
+            told.add(number)
+            if number - 1 in shown:
+                why = f"which is number {shown.index(number - 1) + 1} of those that questions have named"
+            else:
+                why = "which no question has named by then"
+            text = f'message {2 * place}: the answer says region{number}, {why}; write "list_regions": true'
+            yield Problem("region number", text)
+
+
+def _doubtful_coordinates(entry: dict[str, Any]) -> Iterator[Problem]:
+    for number, region in enumerate(entry["regions"], 1):
+        if seems_normalized(region):
+            text = f"region {number}: all of them are within 0 and 1, but coordinates are in pixels"
+            yield Problem("coordinates", text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -266,20 +373,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=_at_least_one,
         default=os.cpu_count() or 1,
         metavar="N",
         help="processes that share the work (default: one per core)",
     )
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints what is wrong with a file and a summary; 0 where every line can be used, otherwise 1."""
-    report = validate(args.file, images=args.images, workers=args.workers)
-    for finding in report.findings:
-        if finding.level != "note":
-            where = f"line {finding.line}: " if finding.line else ""
-            echo(printable(f"{where}{finding.level}: {finding.text}").replace("\n", " "))
+    report = Report()
+
+    def tell(part: Report) -> None:
+        report.add(part)
+        for finding in part.findings:
+            if finding.level != "note":
+                where = f"line {finding.line}: " if finding.line else ""
+                echo(printable(f"{where}{finding.level}: {finding.text}").replace("\n", " "))
+
+    try:
+        validate(args.file, images=args.images, workers=args.workers, tell=tell)
+    except KeyboardInterrupt:
+        if report.lines:
+            _summarize(f"{args.file}, not to its end", report)
+        raise
+    _summarize(str(args.file), report)
+    return 1 if report.bad_lines else 0
+
+
+def _summarize(what: str, report: Report) -> None:
     if notes := report.of("note"):
         lines = ", ".join(str(note.line) for note in notes[:10]) + (", …" if len(notes) > 10 else "")
         who, where = ("1 image has", "line") if len(notes) == 1 else (f"{len(notes):,} images have", "lines")
@@ -289,7 +417,7 @@ def run(args: argparse.Namespace) -> int:
         )
     bad = report.lines - report.samples
     echo(
-        f"{args.file}: {report.lines:,} lines, {report.samples:,} can be used, {bad:,} can't; "
+        f"{what}: {report.lines:,} lines, {report.samples:,} can be used, {bad:,} can't; "
         f"{report.regions:,} regions and {report.turns:,} turns in what can be used"
     )
     levels: tuple[Level, ...] = ("error", "warning")
@@ -297,4 +425,3 @@ def run(args: argparse.Namespace) -> int:
         if counts := Counter(finding.kind for finding in report.of(level)):
             told = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
             echo(f"{level}s: {told}")
-    return 1 if report.bad_lines else 0

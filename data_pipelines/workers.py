@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 
-_KEPT = 256 << 20
+_KEPT, _LARGEST_BEFORE_2_35 = 256 << 20, 32 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of glibc's `malloc.h`."""
 
@@ -35,4 +35,5 @@ def _keep_memory() -> None:
     except (OSError, AttributeError, TypeError):
         return  # another C library
     mallopt(_M_TRIM_THRESHOLD, _KEPT)
-    mallopt(_M_MMAP_THRESHOLD, _KEPT)
+    # To have set one alone would fix the other at its small default.
+    _ = mallopt(_M_MMAP_THRESHOLD, _KEPT) or mallopt(_M_MMAP_THRESHOLD, _LARGEST_BEFORE_2_35)

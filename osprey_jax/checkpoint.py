@@ -160,6 +160,13 @@ def _load_leaf(directory: Path | str, path: str, target: Any) -> Any:
         raise ValueError(f"{path}: {first_line(error.__cause__ or error)}") from error
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """The steps there are complete checkpoints of in a run's directory of them, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
 class Restored(NamedTuple):
     """What a training goes on from."""
 
@@ -189,9 +196,7 @@ class TrainingCheckpoints:
 
     def steps(self) -> list[int]:
         """The steps there are complete checkpoints of, in order."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        return saved_steps(self.directory)
 
     def save(self, step: int, arrays: Mapping[str, Params], loader_state: bytes) -> None:
         """Begins to save; arrays may be donated as soon as this returns.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import sentencepiece
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, normalizers
 
 IMAGE_TOKEN = "<image>"
@@ -60,7 +61,7 @@ class Tokenizer:
 
         Raises ValueError where there is neither, or the file is damaged or of another kind.
         """
-        directory = Path(directory)
+        directory = epath.Path(directory)
         for name, parse in (("tokenizer.model", _legacy_llama), ("tokenizer.json", _from_json)):
             path = directory / name
             if path.is_file():

@@ -31,10 +31,19 @@ from data_pipelines.pipeline import FailingSamples, Loader, make_loader
 from data_pipelines.records import Source
 from data_pipelines.shapes.source import Shapes
 from data_pipelines.shapes.tokenizer import train_tokenizer
+from data_pipelines.watched import WorkerDied
 from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch, to_device
-from osprey_jax.checkpoint import TrainingCheckpoints, first_line, load_config, load_params, save_params
+from osprey_jax.checkpoint import (
+    TrainingCheckpoints,
+    first_line,
+    load_config,
+    load_params,
+    save_params,
+    saved_steps,
+)
 from osprey_jax.config import OspreyConfig, from_config
+from osprey_jax.directories import as_path
 from osprey_jax.loss import loss_sums
 from osprey_jax.metrics import Metrics
 from osprey_jax.models.osprey import Osprey, boxed_params, init_params
@@ -62,11 +71,15 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     with refusals():
         # Devices, data and model.
         mesh = make_mesh(config)
+        origin = None
         if config.init_from:
-            config = ConfigDict({**config.to_dict(), "model": load_config(config.init_from).to_dict()})
+            # Its own checkpoints have its sizes and its tokenizer, too, and may have outlived it.
+            before = saved_steps(workdir / "checkpoints")
+            origin = workdir / "checkpoints" / str(before[-1]) if before else as_path(config.init_from)
+            config = ConfigDict({**config.to_dict(), "model": load_config(origin).to_dict()})
         model_config = from_config(config.model.to_dict())
         model = Osprey(model_config, jnp.dtype(config.dtype))
-        data = make_data(config, model_config)
+        data = make_data(config, model_config, origin)
         optimizer = AdamW(
             peak_learning_rate=config.learning_rate,
             warmup_steps=math.ceil(config.warmup * data.steps),
@@ -87,7 +100,8 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
         )
         train_config.claim(workdir, config, saved=len(checkpoints.steps()))
         if "://" not in str(workdir):  # where nothing can be appended to a file
-            data.training.report = workdir / f"skipped-{jax.process_index()}.jsonl"
+            for loader in filter(None, (data.training, data.held_out)):
+                loader.report = workdir / f"skipped-{jax.process_index()}.jsonl"
         checkpoints.clean_up()
         restored = checkpoints.restore_newest(abstract.to_arrays(), report=say)
         export = workdir / "export"
@@ -124,8 +138,13 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             checkpoints.save(step, state.to_arrays(), data.training.get_state())
 
         saved, running = step, None
+        failure: Exception | None = None
         while step < data.steps and not stopped():
-            batch, sample_ids = next(data.training)
+            try:
+                batch, sample_ids = next(data.training)
+            except (FailingSamples, WorkerDied) as error:
+                failure = error
+                break
             state, numbers = update(state, to_device(batch, mesh))
             if running is not None:
                 record(metrics, *running)  # a step late, so that the devices have work meanwhile
@@ -144,6 +163,9 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             save()
         checkpoints.wait()
 
+    # Workers may have been told to stop as well.
+    if failure is not None and not stopped():
+        raise failure
     if step < data.steps:
         return f"stopped by {stopped()} after step {step}; the same command goes on from there"
     if not export.exists():
@@ -180,17 +202,22 @@ class Data(NamedTuple):
     steps: int
 
 
-def make_data(config: ConfigDict, model_config: OspreyConfig) -> Data:
-    """Sources, tokenizer and loaders; raises ValueError for what isn't there or doesn't fit the model."""
+def make_data(config: ConfigDict, model_config: OspreyConfig, origin: Path | None = None) -> Data:
+    """Sources, tokenizer and loaders; raises ValueError for what isn't there or doesn't fit the model.
+
+    `origin` has the tokenizer where the configuration names none.
+    """
     settings = config.data
     if unknown := [name for name in settings.systems if name not in SYSTEMS]:
         raise ValueError(
             f"config.data.systems names {', '.join(unknown)}; there is {', '.join(SYSTEMS)} in this version"
         )
+    if shared := {*settings.sources} & {*settings.held_out} - {"shapes"}:
+        raise ValueError(f"config.data.held_out names what is trained on: {', '.join(sorted(shared))}")
     if lacking := catalog.missing([*settings.sources, *settings.held_out], settings.root):
         listed = "".join(f"\n- {line}" for line in lacking)
         raise ValueError(f"data is missing under config.data.root, which is {settings.root!r}:{listed}")
-    if directory := settings.tokenizer or config.init_from:
+    if directory := settings.tokenizer or origin:
         tokenizer = Tokenizer.load(directory)
     else:
         with tempfile.TemporaryDirectory() as directory:
@@ -390,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with refusals():
                 config, workdir = train_config.parse(argv)
             print(train(config, workdir, stopped=stopped))
-    except (Refused, NotFinite, FailingSamples, OSError) as error:
+    except (Refused, NotFinite, FailingSamples, WorkerDied, OSError) as error:
         # One line, but for what is listed.
         lines = re.split(r"\n(?=[-+!] )", str(error))
         print("error:", "\n".join(" ".join(line.split()) for line in lines), file=sys.stderr)

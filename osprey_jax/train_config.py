@@ -28,6 +28,8 @@ OF_THE_MACHINE = (
     "eval_every",
     "eval_batches",
     "data.root",
+    "data.held_out",
+    "data.tolerance",
     "data.workers",
     "data.threads",
     "data.prefetch",

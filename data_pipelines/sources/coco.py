@@ -75,8 +75,8 @@ class _CocoFile(FileSource):
         turns: list[Turn] = []
         broken: list[str] = []
         for number, annotation in enumerate(annotations, 1):
-            answer = self._answer(image, annotation)
             try:
+                answer = self._answer(image, annotation)
                 masks.append(region_rle(annotation, height, width))
             except ValueError as error:
                 broken.append(f"region {number} of {len(annotations)}: {error}")
@@ -90,7 +90,7 @@ class _CocoFile(FileSource):
             masks=tuple(masks),
             turns=tuple(turns),
             opening=self.opening,
-            broken_regions=len(broken),
+            broken_regions=tuple(broken),
             at_most=self.at_most,
         )
 

@@ -10,7 +10,7 @@ UTF-8, one object a line; this one is shown on several to be read::
      "conversations": [{"from": "human", "value": "What is <region1>?"},
                        {"from": "gpt", "value": "A kettle."},
                        {"from": "human", "value": "Is <region3> left of <region1>?"},
-                       {"from": "gpt", "value": "Yes, <region3> stands left of it."}],
+                       {"from": "gpt", "value": "Yes, the cup stands left of it."}],
      "id": "0001-a"}
 
 `image`: the name of a file, relative to the images' folder, which is the JSONL's own unless another is given,
@@ -27,12 +27,28 @@ applied.
 * `box`: `[x0, y0, x1, y1]` in pixels, the upper left and the lower right corner. Pixels whose centre lies
   inside (x0 <= column + 0.5 < x1) belong to it, so with whole numbers it is `mask[y0:y1, x0:x1]`.
 
-What lies outside of the image is cut off. A region without a pixel is left out of training, with its turn if
-that is about no other.
+What lies outside of the image is cut off. A region without a pixel is left out of training where one question
+alone names it, which names no other: with that question and its answer. Any other stays, and is empty.
 
 `conversations`: objects with `from`, which is `human` and `gpt` in turn, and `value`, a text. `<regionN>` in
 a question stands for region N, counted from 1: there the model sees it. One may be named several times. In
-an answer `<regionN>` becomes the word `regionN`. The tokenizer's own `<image>`, `<mask>`, `<pos>`, `<s>`,
+an answer `<regionN>` becomes the word `regionN`; the model sees no numbers, so that answers should rather say
+what is meant than `regionN`, unless regions are listed.
+
+`list_regions`, which may be missing: with true, all regions are listed by their numbers before the first
+question, as `Osprey.chat` and the Osprey-724K conversations do it. `<regionN>` becomes the word `regionN` in
+questions too; regions that no text names are seen as well. Of ::
+
+    {"image": "kitchen/0001.jpg", "list_regions": true,
+     "regions": [{"box": [30, 40, 130, 90]}, {"box": [140, 40, 190, 90]}],
+     "conversations": [{"from": "human", "value": "Which is a cup?"},
+                       {"from": "gpt", "value": "<region2> is, right of <region1>."}]}
+
+the answer is `region2 is, right of region1.` and the question, on one line behind the introduction ::
+
+    Ther are 2 part regions in the picture: region1<mask><pos>,region2<mask><pos>. Which is a cup?
+
+The tokenizer's own `<image>`, `<mask>`, `<pos>`, `<s>`,
 `</s>` and `<unk>` can't be written. The image's place and what introduces it are put before the first
 question.
 
@@ -50,8 +66,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.records import Record
-from data_pipelines.sources.custom_rules import BadSample, make_record, parse_line, read_lines
-from data_pipelines.sources.files import Element, FileSource
+from data_pipelines.sources.custom_rules import BadSample, make_record, parse_line, read_lines, why_no_jsonl
+from data_pipelines.sources.files import Element, FileSource, OtherFormError
 
 
 class Custom(FileSource):
@@ -62,7 +78,8 @@ class Custom(FileSource):
       images: what the names of images and masks are relative to, as in `open_images`; by default the file's
         folder.
 
-    Lines that hold no JSON object, or one that `parse_line` refuses, have no index.
+    Lines that hold no JSON object, or one that `parse_line` refuses, have no index. Raises ValueError for a
+    file that is JSON as a whole, a list or an object on many lines.
     """
 
     name = "custom"
@@ -77,6 +94,9 @@ class Custom(FileSource):
         return self._record(f"{self._path.name}:{self._numbers[index]}", parse_line(line))
 
     def _find(self, data: bytes) -> Iterator[tuple[str, Sequence[Element]]]:
+        first = next(read_lines(io.BytesIO(data)), None)
+        if first is not None and (reason := why_no_jsonl(self._path, first.text)) is not None:
+            raise OtherFormError(reason)
         for number, start, text in read_lines(io.BytesIO(data)):
             try:
                 entry = parse_line(text)

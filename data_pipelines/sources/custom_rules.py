@@ -1,13 +1,16 @@
 """What a line of a user's own data may hold, as `sources.custom` describes it, and the record that it is."""
 
 import contextlib
+import difflib
 import functools
 import io
 import json
 import math
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -16,7 +19,7 @@ from PIL import Image
 from data_pipelines.images import Images
 from data_pipelines.records import Record, Rle, Turn
 from osprey_jax.masks import encode_rle, segmentation_rle
-from osprey_jax.prompt import IMAGE_TOKEN, MASK_TOKEN, OVERVIEW, POSITION_TOKEN, REGION
+from osprey_jax.prompt import IMAGE_TOKEN, MASK_TOKEN, OVERVIEW, POSITION_TOKEN, REGION, region_list
 
 OPENING = f"{IMAGE_TOKEN}\n{OVERVIEW}"
 SPECIAL = (IMAGE_TOKEN, MASK_TOKEN, POSITION_TOKEN, "<s>", "</s>", "<unk>")
@@ -65,6 +68,15 @@ def read_lines(file: BinaryIO, *, start: int = 0, number: int = 1) -> Iterator[L
         number, start = number + 1, start + len(data)
 
 
+def why_no_jsonl(path: Path, first: bytes) -> str | None:
+    """What is said, behind the name of a file, of one whose first line tells that it is JSON as a whole."""
+    if not (is_list := first.startswith(b"[")) and first != b"{":
+        return None
+    name, values = shlex.quote(str(path)), "'.[]'" if is_list else "."
+    target = shlex.quote(f"{path}.jsonl")
+    return f"is JSON and not JSONL, which has one object a line; convert it: jq -c {values} {name} > {target}"
+
+
 def parse_line(data: bytes) -> dict[str, Any]:
     """The object of a line.
 
@@ -108,7 +120,7 @@ def image_name(entry: dict[str, Any]) -> str:
     """Raises BadSample where a line names no image."""
     name = entry.get("image")
     if not isinstance(name, str) or not name:
-        raise _bad("image", f"`image` is {_told(name, 'image' in entry)}; give the name of its file")
+        raise _bad("image", f"`image` is {_told_key(entry, 'image')}; give the name of its file")
     return name
 
 
@@ -121,6 +133,8 @@ def make_record(entry: dict[str, Any], images: Images, sample_id: str) -> Record
     given = entry.get("id", "")
     if isinstance(given, bool) or not isinstance(given, str | int):
         found.add("key", f"`id` is {_told(given)}; give a text or a whole number, or leave it out")
+    if not isinstance(listed := entry.get("list_regions", False), bool):
+        found.add("key", f"`list_regions` is {_told(listed)}; give true or false, or leave it out")
     image = size = None
     with found.noting("image"):
         name = image_name(entry)
@@ -129,7 +143,7 @@ def make_record(entry: dict[str, Any], images: Images, sample_id: str) -> Record
             size = opened.height, opened.width
     regions = entry.get("regions")
     if not isinstance(regions, list):
-        told = _told(regions, "regions" in entry)
+        told = _told_key(entry, "regions")
         found.add("key", f"`regions` is {told}; give a list, empty if there are none")
         regions = None
     masks: list[Rle] = []
@@ -138,11 +152,15 @@ def make_record(entry: dict[str, Any], images: Images, sample_id: str) -> Record
             make_mask = _mask_of(region)
             if size is not None:
                 masks.append(make_mask(*size, images))
-    turns = _turns(entry, None if regions is None else len(regions), found)
+    turns = _turns(entry, None if regions is None else len(regions), found, listed=listed is True)
     if found.problems:
         raise BadSample(tuple(found.problems))
     named = f"{sample_id} ({given})" if given != "" else sample_id
-    return Record(named, image, tuple(masks), turns, opening=OPENING)
+    if listed and masks:
+        opening, shown = OPENING + region_list(len(masks)), tuple(range(len(masks)))
+    else:
+        opening, shown = OPENING, ()
+    return Record(named, image, tuple(masks), turns, opening=opening, opening_regions=shown)
 
 
 def open_image(data: bytes, name: str, formats: tuple[str, ...] | None = None) -> Image.Image:
@@ -189,7 +207,8 @@ def _mask_of(region: Any) -> Callable[[int, int, Images], Rle]:
         raise ValueError(f"{_told(region)} where an object with one of {', '.join(_MASKS)} is expected")
     keys = [key for key in _MASKS if key in region]
     if len(keys) != 1:
-        raise ValueError(f"it has {' and '.join(keys) or 'no mask'}; give exactly one of {', '.join(_MASKS)}")
+        told = " and ".join(keys) or f"no mask ({_told_keys(region, _MASKS)})"
+        raise ValueError(f"it has {told}; give exactly one of {', '.join(_MASKS)}")
     return functools.partial(_MASKS[keys[0]], region[keys[0]])
 
 
@@ -197,6 +216,10 @@ def _polygon(value: Any, height: int, width: int, _: Images) -> Rle:
     if not isinstance(value, list):
         raise ValueError(f"`polygon` is {_told(value)}; give a list of [x0, y0, x1, y1, …] lists")
     polygons = value if value and isinstance(value[0], list) else [value]
+    lists = [polygon for polygon in value if isinstance(polygon, list)]
+    pairs = len(lists) == len(value) and all(len(polygon) == 2 for polygon in lists)
+    if lists and (pairs or any(isinstance(item, list) for polygon in lists for item in polygon)):
+        raise ValueError("`polygon` holds pairs; give flat lists of coordinates, no pairs: [[x0, y0, x1, …]]")
     return segmentation_rle(polygons, height, width)
 
 
@@ -225,10 +248,8 @@ def _png(value: Any, height: int, width: int, images: Images) -> Rle:
 
 
 def _box(value: Any, height: int, width: int, _: Images) -> Rle:
-    if not isinstance(value, list) or len(value) != 4:
-        raise ValueError(f"`box` is {_told(value)}; give [x0, y0, x1, y1]")
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf for v in value):
-        raise ValueError("`box` holds something else than finite numbers; give [x0, y0, x1, y1]")
+    if not (isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value))):
+        raise ValueError(f"`box` is {_shown(value)}, not four finite numbers; give [x0, y0, x1, y1]")
     x0, y0, x1, y1 = value
     if x0 >= x1 or y0 >= y1:
         raise ValueError("`box` must have x0 < x1 and y0 < y1: two corners, no width and height")
@@ -241,6 +262,25 @@ def _box(value: Any, height: int, width: int, _: Images) -> Rle:
     return encode_rle(mask)
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def seems_normalized(region: Any) -> bool:
+    """Whether a region's coordinates look like shares of the image's sides instead of pixels."""
+    if not isinstance(region, dict):
+        return False
+    if "box" in region:
+        # The first pixel's box is one in pixels.
+        coordinates = region["box"]
+        return all(abs(v) <= 1 for v in coordinates) and any(v != int(v) for v in coordinates)
+    if "polygon" in region:
+        value = region["polygon"]
+        polygons = value if isinstance(value[0], list) else [value]
+        return all(abs(v) <= 1 for polygon in polygons for v in polygon)
+    return False
+
+
 _MASKS: dict[str, Callable[[Any, int, int, Images], Rle]] = {
     "polygon": _polygon,
     "rle": _rle,
@@ -249,10 +289,10 @@ _MASKS: dict[str, Callable[[Any, int, int, Images], Rle]] = {
 }
 
 
-def _turns(entry: dict[str, Any], regions: int | None, found: _Problems) -> tuple[Turn, ...]:
+def _turns(entry: dict[str, Any], regions: int | None, found: _Problems, *, listed: bool) -> tuple[Turn, ...]:
     said = entry.get("conversations")
     if not isinstance(said, list) or not said:
-        told = _told(said, "conversations" in entry)
+        told = _told_key(entry, "conversations")
         found.add("key", f"`conversations` is {told}; give a list of questions and answers")
         return ()
     texts = []
@@ -263,14 +303,22 @@ def _turns(entry: dict[str, Any], regions: int | None, found: _Problems) -> tupl
         found.add("conversation", f"message {len(said)} has no answer; a conversation ends with gpt's")
     if len(texts) < len(said) or len(said) % 2:
         return ()
+    questions, answers = texts[::2], [_as_words(text) for text in texts[1::2]]
+    if listed:
+        return tuple(Turn(_as_words(q), a) for q, a in zip(questions, answers, strict=True))
     return tuple(
         Turn(
             _PLACEHOLDER.sub(REGION, question),
-            _PLACEHOLDER.sub(lambda match: match[0][1:-1], answer),
+            answer,
             tuple(int(number) - 1 for number in _PLACEHOLDER.findall(question)),
         )
-        for question, answer in zip(texts[::2], texts[1::2], strict=True)
+        for question, answer in zip(questions, answers, strict=True)
     )
+
+
+def _as_words(text: str) -> str:
+    """`<region1>` becomes `region1`."""
+    return _PLACEHOLDER.sub(lambda match: match[0][1:-1], text)
 
 
 def _text(message: Any, speaker: str, regions: int | None) -> str:
@@ -312,6 +360,30 @@ def _told(value: Any, there: bool = True) -> str:
     if isinstance(value, str | list | dict) and not value:
         return f"{kinds[type(value)]} that is empty"
     return _quote(value) if isinstance(value, str) else kinds.get(type(value), "a number")
+
+
+def _told_key(entry: dict[str, Any], key: str) -> str:
+    """The value of a key for a message; where there is none, the keys that there are."""
+    told = _told(entry.get(key), key in entry)
+    return told if key in entry else f"{told} ({_told_keys(entry, [key])})"
+
+
+def _told_keys(entry: dict[str, Any], wanted: Iterable[str]) -> str:
+    """The keys of an object, and which of them is nearest to a wanted one."""
+    keys = ", ".join(map(_quote, list(entry)[:8])) + (", …" if len(entry) > 8 else "")
+    short = [key for key in list(entry)[:100] if len(key) <= 40]
+    near = [(key, want) for want in wanted for key in difflib.get_close_matches(want, short, 1)]
+    meant = f"; is {_quote(near[0][0])} meant to be {near[0][1]}?" if near else ""
+    return f"its keys are {keys}{meant}" if entry else "it has no keys"
+
+
+def _shown(value: Any) -> str:
+    """A value of JSON as it stands where that is short."""
+    if not isinstance(value, list) or not value:
+        return _told(value)
+    inside = {list: "[…]", dict: "{…}"}
+    text = ", ".join(inside.get(type(item)) or json.dumps(item)[:20] for item in value[:8])
+    return f"[{text}{', …' if len(value) > 8 else ''}]"
 
 
 def _quote(text: str) -> str:

@@ -50,7 +50,7 @@ class FileSource(abc.ABC):
         self._path = Path(annotations)
         self._images = open_images(images)
         data = self._path.read_bytes()
-        self._size = len(data)
+        self._stamp = _stamp(self._path.stat())
         self._begin = len(BOM) if data.startswith(BOM) else 0
         self._dropped: collections.Counter[str] = collections.Counter()
         spans, ends, names, name_ends = array("q"), array("q", [0]), bytearray(), array("q", [0])
@@ -101,7 +101,7 @@ class FileSource(abc.ABC):
         self._check(index)
         found = []
         with self._path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != self._size:
+            if _stamp(os.fstat(file.fileno())) != self._stamp:
                 raise OSError(f"{self._path} has changed since it was opened")
             for start, stop in self._spans[self._ends[index] : self._ends[index + 1]].tolist():
                 file.seek(self._begin + start)
@@ -119,6 +119,11 @@ class FileSource(abc.ABC):
     @abc.abstractmethod
     def _record(self, sample_id: str, *values: Any) -> Record:
         """Makes a record of the parsed values; raises ValueError or OSError where they can't be used."""
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What changes with a file."""
+    return status.st_size, status.st_mtime_ns
 
 
 class SampleSource(FileSource):

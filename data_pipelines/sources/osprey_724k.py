@@ -108,10 +108,10 @@ class OspreyDetailed(_Osprey724K):
     def _record(self, sample_id: str, *values: Any) -> Record:
         (sample,) = values
         masks, texts = self._masks(sample), strings(sample, "description")
-        if len(texts) != len(masks):
+        if len(texts) < len(masks):
             raise ValueError(f"{len(texts)} descriptions for {len(masks)} annotations")
         turns = []
-        for number, text in enumerate(texts):
+        for number, text in enumerate(texts[: len(masks)]):
             if (match := _DESCRIPTION.search(text)) is None:
                 raise ValueError(
                     f"description {number + 1} is not of the form '<region1>: text': {text[:80]!r}"

@@ -44,7 +44,7 @@ RECORDS: tuple[Callable[[int], Record], ...] = (
         ),
         opening="<image>\nregion1<mask><pos>,region2<mask><pos>. ",
         opening_regions=(1, 1),
-        broken_regions=2,
+        broken_regions=("region 2 of 5: ö",),
         at_most=15,
     ),
     # A conversation about nothing to be seen.

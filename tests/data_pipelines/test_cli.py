@@ -1,6 +1,7 @@
 """The commands' entrance: help, exit statuses and what may never be a traceback."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 
@@ -94,6 +95,13 @@ def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize("command", ["inspect --source shapes --index 0", "stats --source shapes"])
+def test_a_closed_stdout_is_one_line(command: str) -> None:
+    shell = f"exec {shlex.quote(sys.executable)} -m data_pipelines {command} >&-"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: stdout is closed: there is nowhere to print to\n")
 
 
 def test_what_the_terminal_cannot_show_is_replaced() -> None:

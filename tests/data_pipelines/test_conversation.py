@@ -97,7 +97,9 @@ def test_an_empty_region_goes_with_its_turn_where_the_turn_is_its_own() -> None:
 
 def test_empty_regions_don_t_count_among_those_that_are_kept() -> None:
     masks = (EMPTY,) * 6 + (FULL,) * 3
-    said = converse(record(*map(name, range(9)), masks=masks, at_most=3, broken_regions=2), rng())
+    said = converse(
+        record(*map(name, range(9)), masks=masks, at_most=3, broken_regions=("one", "another")), rng()
+    )
     assert sorted(said.regions) == [(6,), (7,), (8,)]
     assert said.dropped_regions == 8
 

@@ -67,6 +67,37 @@ def test_prompt_is_the_overview_then_the_questions_with_regions_in_their_places(
     assert made.image == (folder / "a.jpg").read_bytes()
 
 
+def test_listed_regions_make_the_prompt_that_chat_uses(folder):
+    made = record(
+        folder,
+        "Is <region2> left of <region1>?",
+        "<region2> is.",
+        "And <region3>?",
+        "No.",
+        regions=[{"box": [0, 0, 2, 2]}, {"box": [4, 4, 5, 5]}, CUT_OFF],
+        list_regions=True,
+    )
+    said = converse(made, draws(0, "custom", 0, 0))
+    assert said.turns == (
+        (
+            "<image>\nThis provides an overview of the picture.\nTher are 3 part regions in the picture: "
+            "region1<mask><pos>,region2<mask><pos>,region3<mask><pos>. Is region2 left of region1?",
+            "region2 is.",
+        ),
+        ("And region3?", "No."),
+    )
+    assert said.regions == ((0, 1, 2), ())
+
+
+def test_regions_are_listed_only_where_that_is_asked_for_and_there_are_some(folder):
+    for made in (
+        record(folder, list_regions=False),
+        record(folder, "A?", "B.", regions=[], list_regions=True),
+    ):
+        assert made.opening == "<image>\nThis provides an overview of the picture.\n"
+        assert made.opening_regions == ()
+
+
 def test_encoded_sample_carries_loss_on_answers_alone(
     folder: Path, tokenizer: Tokenizer, config: OspreyConfig
 ):
@@ -157,6 +188,15 @@ def test_region_without_a_pixel_leaves_with_its_turn(folder):
     assert said.dropped_regions == 1
 
 
+def test_region_without_a_pixel_stays_where_another_is_named_with_it_or_it_is_named_again(folder):
+    regions = [CUT_OFF, {"box": [0, 0, 2, 2]}]
+    for second in ("<region1> or <region2>?", "<region1>?"):
+        made = record(folder, "<region1>?", "Gone.", second, "Here.", regions=regions)
+        said = converse(made, draws(0, "custom", 0, 0))
+        assert [answer for _, answer in said.turns] == ["Gone.", "Here."]
+        assert said.dropped_regions == 0
+
+
 def test_regions_count_beyond_nine(folder):
     made = record(folder, "<region12>, <region1>?", "<region10>", regions=[{"box": [0, 0, 2, 2]}] * 12)
     assert made.turns == (("<mask><pos>, <mask><pos>?", "region10", (11, 0), "", ""),)
@@ -215,10 +255,16 @@ def test_other_keys_mean_nothing(folder):
         ({"image": "mask.txt"}, "mask.txt is no image"),
         ({"regions": {}}, "`regions` is an object that is empty"),
         ({"regions": [3]}, "region 1: a number where an object"),
-        ({"regions": [{}]}, "region 1: it has no mask"),
+        ({"regions": [{}]}, "region 1: it has no mask (it has no keys)"),
+        ({"regions": [{"Bbox": 1, "id": 2}]}, "its keys are 'Bbox', 'id'; is 'Bbox' meant to be box?"),
+        ({"list_regions": 1}, "`list_regions` is a number; give true or false"),
+        ({"list_regions": None}, "`list_regions` is null; give true or false"),
         ({"regions": [{"box": [0, 0, 1, 1], "png": "mask.png"}]}, "region 1: it has png and box"),
-        ({"regions": [{"box": [0, 0, 1]}]}, "give [x0, y0, x1, y1]"),
-        ({"regions": [{"box": [0, 0, 1, "1"]}]}, "finite numbers"),
+        ({"regions": [{"box": [0, 0, 1]}]}, "`box` is [0, 0, 1], not four finite numbers; give [x0, y0"),
+        ({"regions": [{"box": [0, [1], {}, "1"]}]}, '`box` is [0, […], {…}, "1"], not four'),
+        ({"regions": [{"box": {"x": 1}}]}, "`box` is an object, not four"),
+        ({"regions": [{"polygon": [[0, 0], [5, 0], [5, 5]]}]}, "flat lists of coordinates, no pairs"),
+        ({"regions": [{"polygon": [[[0, 0], [5, 0], [5, 5]]]}]}, "flat lists of coordinates, no pairs"),
         ({"regions": [{"box": [4, 0, 1, 1]}]}, "two corners"),
         ({"regions": [{"box": [1, 0, 1, 1]}]}, "two corners"),
         ({"regions": [{"box": [0, 1, 1, 1]}]}, "two corners"),
@@ -263,6 +309,9 @@ def test_missing_keys_are_named(folder):
         ValueError, match=r"`image` is missing.*`regions` is missing.*`conversations` is missing"
     ):
         source[0]
+    source = Custom(write_lines(folder / "data.jsonl", ['{"images": "a.jpg", "text": ""}']))
+    with pytest.raises(ValueError, match=r"its keys are 'images', 'text'; is 'images' meant to be image\?"):
+        source[0]
 
 
 @pytest.mark.parametrize(
@@ -281,9 +330,25 @@ def test_missing_keys_are_named(folder):
     ],
 )
 def test_lines_that_readers_of_json_disagree_about_have_no_index(folder, line):
-    source = Custom(write_lines(folder / "data.jsonl", [line, sample()]))
-    assert (len(source), source.dropped.total()) == (1, 1)
-    assert source[0].sample_id == "data.jsonl:2"
+    source = Custom(write_lines(folder / "data.jsonl", [sample(), line, sample()]))
+    assert (len(source), source.dropped.total()) == (2, 1)
+    assert source[1].sample_id == "data.jsonl:3"
+
+
+@pytest.mark.parametrize(
+    ("text", "convert"),
+    [
+        ('\n  [{"image": "a.jpg"}]', "jq -c '.[]'"),
+        ("\ufeff[\n]", "jq -c '.[]'"),
+        ('{\n  "image": "a.jpg"\n}\n', "jq -c ."),
+    ],
+)
+def test_json_that_is_no_jsonl_is_refused_with_the_way_to_convert_it(folder, text, convert):
+    path = folder / "my data.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{path} is JSON and not JSONL") as caught:
+        Custom(path)
+    assert str(caught.value).endswith(f" {convert} '{path}' > '{path}.jsonl'")
 
 
 def test_image_of_too_many_pixels_is_refused_before_it_is_decoded(folder, monkeypatch):

@@ -66,6 +66,7 @@ keys = st.sampled_from(
         "regions",
         "conversations",
         "id",
+        "list_regions",
         "polygon",
         "rle",
         "png",
@@ -99,10 +100,11 @@ masks = st.sampled_from(
 )
 asked = st.sampled_from(["What is <region1>?", "<region2> or <region1>?", "<region2>", "And so?"])
 samples = st.builds(
-    lambda image, regions, texts: sample(*texts, image=image, regions=regions),
+    lambda image, regions, texts, listed: sample(*texts, image=image, regions=regions, list_regions=listed),
     st.sampled_from(IMAGES[:6]),
     st.lists(masks, min_size=1, max_size=3),
     st.sampled_from([2, 4]).flatmap(lambda count: st.lists(asked, min_size=count, max_size=count)),
+    st.booleans(),
 )
 
 
@@ -170,13 +172,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @fuzzed
 @given(st.lists(lines, min_size=1, max_size=4).map(b"\n".join))
 @example(BOM * 2 + b"{}")
+@example(BOM + b"\n[{}]\n{}")
 def test_validate_finds_bad_exactly_what_training_can_not_use(
     folder: Path, tokenizer: Tokenizer, config: OspreyConfig, data: bytes
 ):
     path = folder / "data.jsonl"
     path.write_bytes(data)
     report = validate(path)
-    source = Custom(path)
+    try:
+        source = Custom(path)
+    except ValueError:
+        assert (report.samples, report.bad_lines) == (0, [0])
+        return
     usable = set()
     for index in range(len(source)):
         source.image_key(index)

@@ -84,6 +84,40 @@ def test_no_name_leads_out_of_the_directory(images: Images, tmp_path: Path, name
         images.key(name)
 
 
+def test_an_absolute_name_inside_of_the_directory_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "real/b").mkdir(parents=True)
+    (tmp_path / "real/b/3.jpg").write_bytes(b"3")
+    (tmp_path / "link").symlink_to("real")
+    images = open_images(tmp_path / "link")
+    for folder in ("link", "real", "real/b/.."):
+        assert images.read(f"{tmp_path}/{folder}/b/3.jpg") == b"3"
+        assert images.key(f"{tmp_path}/{folder}/b/3.jpg") == images.key("b/3.jpg")
+    (tmp_path / "realistic").mkdir()
+    for outside in ("realistic/3.jpg", "real/../3.jpg"):
+        with pytest.raises(ValueError, match=r"lies outside of the images' directory .*; give names"):
+            images.read(f"{tmp_path}/{outside}")
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", ".", "to_pipe"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    with pytest.raises(ValueError, match=rf"the image {name} in .* is a directory or no regular file"):
+        open_images(tmp_path).read(name)
+
+
+def test_a_name_that_the_system_refuses_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name, told in (
+        ("x" * 5000, r"image x{200}… in .*: File name too long"),
+        ("loop", "image loop in .*: "),
+    ):
+        with pytest.raises(OSError, match=f"^cannot read the {told}") as error:
+            open_images(tmp_path).read(name)
+        assert "Errno" not in str(error.value)
+
+
 def test_a_file_has_one_key_whatever_leads_to_it(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real/1.jpg").touch()

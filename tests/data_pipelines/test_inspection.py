@@ -21,6 +21,7 @@ from osprey_jax.config import OspreyConfig
 from osprey_jax.figure import COLOURS
 from osprey_jax.masks import encode_rle, mask_pyramid
 from osprey_jax.prompt import SYSTEM_TRAINING, Tokenizer
+from tests.data_pipelines import custom_files
 
 HEIGHT, WIDTH = 30, 40
 GREY = np.full((HEIGHT, WIDTH, 3), 128, np.uint8)
@@ -253,6 +254,16 @@ def test_an_image_of_another_size_than_its_masks_is_refused(tokenizer: Tokenizer
         (["--source", "coco"], "coco needs annotations and images"),
         (["--source", "coco", "--annotations", "no.json", "--images", "."], "coco.*no.json.*train2017"),
         (["--source", "coco", "--annotations", "bad.json", "--images", "."], "bad.json"),
+        (
+            ["--source", "coco", "--annotations", ".", "--images", "."],
+            r"coco: cannot read \.: Is a directory",
+        ),
+        (
+            ["--source", "custom", "--annotations", "mine.jsonl", "--images", "no"],
+            "custom: no images at no: ",
+        ),
+        (["--source", "custom:empty.jsonl"], "custom has no samples|custom:empty.jsonl has no samples"),
+        (["--source", "custom:no.jsonl"], r"custom: there is no no\.jsonl\. "),
         (["--source", "custom", "--annotations", "empty.jsonl"], "custom has no samples"),
         (["--source", "shapes", "--images", "."], "shapes takes no images"),
         (["--source", "shapes", "--source", "shapes"], "one --source"),
@@ -274,12 +285,40 @@ def test_wrong_use_is_one_line_that_names_it(
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text("{")
     Path("empty.jsonl").write_text("")
+    Path("mine.jsonl").write_text("{}")
     assert main(["inspect", "--index", "0", "--json", *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert re.search(told, err)
+
+
+@pytest.mark.parametrize("json_alone", [False, True])
+def test_tokens_of_the_small_tokenizer_are_called_so(
+    json_alone: bool,
+    shapes_tokenizer: Tokenizer,
+    with_tokenizer: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command_line, "open_tokenizer", lambda _: shapes_tokenizer)
+    command = ["inspect", "--source", "shapes", "--index", "0", *["--json"] * json_alone]
+    note = "tokens are those of shapes' small tokenizer; --tokenizer DIR for yours\n"
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert err == ("" if json_alone else note)
+    assert main([*command, *with_tokenizer]) == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_a_file_of_ones_own_can_be_named_as_in_training(
+    tmp_path: Path, with_tokenizer: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = custom_files.write_lines(tmp_path / "mine.jsonl", [custom_files.sample()])
+    custom_files.write_images(tmp_path)
+    assert main(["inspect", "--source", f"custom:{path}", "--index", "0", *with_tokenizer, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mask_areas"] == [4]
 
 
 def test_the_figure_has_regions_and_words_in_their_colours(shapes_tokenizer: Tokenizer) -> None:

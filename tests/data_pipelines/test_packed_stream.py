@@ -156,3 +156,46 @@ def test_another_packing_is_another_stream(make: Make) -> None:
     state = make(Album("a", 9)).get_state()
     with pytest.raises(ValueError, match="images_per_row was 1, is 2"):
         make(Album("a", 9), images_per_row=2).set_state(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved(Album):
+    """The same images by other names."""
+
+    def image_key(self, index: int) -> str:
+        return f"elsewhere/{999 - index // self.per_image}"
+
+
+def test_the_names_of_images_decide_nothing(make: Make) -> None:
+    orders = [
+        [names for _, names in make(kind("a", 12), kind("b", 8), share_image=4, num_steps=5)]
+        for kind in (Album, Moved)
+    ]
+    assert orders[0] == orders[1]
+
+
+def test_a_stream_goes_on_where_a_broken_sample_was_mended_meanwhile(make: Make) -> None:
+    settings = {"share_image": 6, "num_steps": 8, "batch_size": 1, "tolerance": 0.9, "buckets": ((99, 2),)}
+    for stop in range(1, 6):
+        first = make(Album("a", 12, per_image=6, broken=(1, 2, 3, 4, 7)), **settings)
+        list(itertools.islice(first, stop))
+        mended = make(Album("a", 12, per_image=6), **settings)
+        mended.set_state(first.get_state())
+        assert len(list(mended)) == 8 - stop
+
+
+def test_a_small_set_that_is_half_broken_stops(make: Make) -> None:
+    loader = make(Album("a", 40, broken=tuple(range(20))), num_steps=10, batch_size=4)
+    with pytest.raises(RuntimeError, match=r"more than 5% of the last 100 samples failed \(6: torn page\)"):
+        list(loader)
+
+
+def test_hosts_and_settings_that_cannot_be_are_refused(make: Make) -> None:
+    for settings, message in (
+        ({"host": 2, "num_hosts": 2}, "host 2 is none of 2 hosts"),
+        ({"batch_size": 0}, "a batch of 0"),
+        ({"systems": ()}, "no system texts"),
+        ({"loss_per": "word"}, "a loss per 'word', not dialogue or token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(Album("a", 9), **settings)

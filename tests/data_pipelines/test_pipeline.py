@@ -210,9 +210,9 @@ def test_a_broken_sample_is_skipped_counted_and_named(
 
 def test_samples_that_do_not_fit_are_counted_with_their_reason(make: Make) -> None:
     loader = make(Cards("a", 8), buckets=((11, 1),))
-    with pytest.raises(RuntimeError, match=r"more than 5% of the last 1000 samples failed \(51: the first "):
+    with pytest.raises(RuntimeError, match=r"more than 5% of the last 100 samples failed \(6: the first "):
         next(loader)
-    assert loader.skipped == {"the first turn has N tokens, N are allowed": 51}
+    assert loader.skipped == {"the first turn has N tokens, N are allowed": 6}
 
 
 def test_too_many_failures_among_the_last_ones_stop_the_stream_and_few_do_not(

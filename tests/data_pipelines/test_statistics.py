@@ -234,6 +234,7 @@ def test_the_command_tells_and_draws(tmp_path: Path, capsys: pytest.CaptureFixtu
     for told in ("Sequence length", "Regions of a sample", "Mask area", "bucket", "1150x4", "together"):
         assert f"\n{told}" in out
     assert f"figure in {path}\n" in err
+    assert "tokens are those of shapes' small tokenizer; --tokenizer DIR for yours\n" in err
     with Image.open(path) as picture:
         assert picture.size[0] > 1500
 

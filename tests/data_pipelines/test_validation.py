@@ -1,5 +1,10 @@
 """`validate` finds every fault of a file at once, and only faults."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +12,7 @@ from PIL import Image
 
 from data_pipelines import validation
 from data_pipelines.__main__ import main
+from data_pipelines.images import Images
 from data_pipelines.validation import Report, validate
 from tests.data_pipelines.custom_files import CUT_OFF, encoded, picture, sample, write_images, write_lines
 
@@ -49,7 +55,7 @@ def test_good_file_has_nothing_to_tell(folder):
 def test_every_bad_line_is_told_at_once_with_all_that_is_wrong_with_it(folder):
     report = checked(
         folder,
-        "{",
+        "{,",
         sample(),
         sample("<region2>", "<s>", image="cut.jpg", regions=[{"box": [1, 1, 1, 1]}]),
         b"\xff",
@@ -103,9 +109,80 @@ def test_empty_masks_are_a_doubt_until_no_turn_is_left(folder):
 
 
 def test_region_that_no_question_names_is_a_doubt(folder):
-    report = checked(folder, sample("What is <region1>?", "<region2>", regions=[BOX, BOX]))
+    report = checked(folder, sample("What is <region1>?", "This.", regions=[BOX, BOX]))
     assert told(report) == [(1, "warning", "unnamed region")]
     assert "region 2" in report.findings[0].text
+
+
+@pytest.mark.parametrize(
+    ("texts", "training"),
+    [
+        (["<region1>?", "x", "<region2>?", "y"], "training leaves it out with its question and the answer;"),
+        (["<region1> <region2>?", "x"], "training keeps it, as an empty region;"),
+        (["<region1>?", "x", "<region1>?", "y", "<region2>?", "z"], "training keeps it, as an empty region;"),
+        (["<region1>, <region1>?", "x", "<region2>?", "z"], "training keeps it, as an empty region;"),
+    ],
+)
+def test_doubt_about_an_empty_mask_says_what_training_does(folder, texts, training):
+    (finding,) = checked(folder, sample(*texts, regions=[CUT_OFF, BOX])).findings
+    assert finding.kind == "empty mask"
+    assert training in finding.text
+
+
+def test_listed_regions_are_all_seen_and_numbered(folder):
+    texts = ("Which?", "<region2>, not region1.")
+    assert checked(folder, sample(*texts, regions=[BOX, BOX], list_regions=True)) == Report(1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "what"),
+    [
+        (
+            ["<region1>?", "region2", "<region2>?", "x"],
+            "message 2: the answer says region2, which no question",
+        ),
+        (
+            ["<region2>?", "<region2>", "<region1>?", "x"],
+            "message 2: the answer says region2, which is number 1",
+        ),
+        (["<region1>, <region2>?", "region3"], "message 2: the answer says region3, which no question"),
+    ],
+)
+def test_numbers_in_answers_that_the_model_can_not_count_are_a_doubt(folder, texts, what):
+    (finding,) = checked(folder, sample(*texts, regions=[BOX, BOX])).findings
+    assert finding[:3] == (1, "warning", "region number")
+    assert finding.text.startswith(what)
+    assert "list_regions" in finding.text
+
+
+def test_numbers_in_answers_that_are_places_are_no_fault(folder):
+    texts = ("<region1>, <region1>?", "region1", "<region2>?", "region2, region1s, a subregion9")
+    assert checked(folder, sample(*texts, regions=[BOX, BOX])).findings == []
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        {"box": [0.1, 0.1, 0.9, 0.9]},
+        {"polygon": [0, 0, 1, 0, 1, 1]},
+        {"polygon": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]] * 2},
+    ],
+)
+def test_shares_of_the_sides_instead_of_pixels_are_a_doubt(folder, region):
+    report = checked(folder, sample("<region1> <region2>?", "x", regions=[BOX, region]))
+    (finding,) = (finding for finding in report.findings if finding.kind == "coordinates")
+    assert finding.level == "warning"
+    assert finding.text.startswith("region 2: ")
+    assert "coordinates are in pixels" in finding.text
+
+
+@pytest.mark.parametrize("text", ["[\n {},\n {}\n]", '[{"image": 1}]', "\ufeff\n{\n}"])
+def test_json_that_is_no_jsonl_is_one_error(folder, text):
+    path = folder / "data.json"
+    path.write_text(text, encoding="utf-8")
+    (finding,) = validate(path).findings
+    assert finding[:3] == (0, "error", "JSON")
+    assert finding.text.startswith(f"{path} is JSON and not JSONL, ")
 
 
 def test_exif_orientation_is_noted_and_not_applied(folder):
@@ -156,6 +233,27 @@ def test_processes_tell_the_same_in_the_same_order(folder, monkeypatch):
     assert together == alone
 
 
+def test_dead_process_is_told(folder):
+    def kill(part: Report) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    path = write_lines(folder / "data.jsonl", [sample()] * 10_000)
+    with pytest.raises(OSError, match=r"a process that checked line \d+ or a later one has died"):
+        validate(path, workers=2, tell=kill)
+    assert multiprocessing.active_children() == []
+
+
+def test_what_a_process_can_not_read_is_told(folder):
+    def remove(part: Report) -> None:
+        path.unlink(missing_ok=True)
+
+    path = write_lines(folder / "data.jsonl", [sample()] * 10_000)
+    with pytest.raises(FileNotFoundError, match=r"data\.jsonl"):
+        validate(path, workers=2, tell=remove)
+    assert multiprocessing.active_children() == []
+
+
 def test_command_tells_each_fault_and_a_summary(folder, capsys):
     path = write_lines(
         folder / "data.jsonl",
@@ -170,6 +268,67 @@ def test_command_tells_each_fault_and_a_summary(folder, capsys):
         f"{path}: 4 lines, 2 can be used, 2 can't; 2 regions and 2 turns in what can be used",
         "errors: 1 special token, 1 placeholder",
     ]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupts_end_all_processes_and_tell_what_was_found(folder, times):
+    path = write_lines(folder / "data.jsonl", ["x", *[sample()] * 20_000])
+    command = [sys.executable, "-m", "data_pipelines", "validate", str(path), "--workers", "2"]
+    # As from a terminal: all processes get the signal.
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline().startswith("line 1: error: not JSON")
+            for _ in range(times):
+                os.killpg(process.pid, signal.SIGINT)
+            # Whose end comes only when nobody holds them.
+            out, err = process.communicate(timeout=20)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if times == 1:
+        assert process.returncode == 130
+        assert out.startswith(f"{path}, not to its end: ")
+        assert "errors: 1 JSON" in out
+        assert err.splitlines()[-1] == "interrupted"
+        assert "Traceback" not in err
+    else:  # which may come when Python is about to end
+        assert process.returncode in (130, -signal.SIGINT)
+
+
+def test_command_tells_findings_before_the_end(folder, monkeypatch, capsys):
+    monkeypatch.setattr(validation, "CHUNK", 1)
+
+    def stop(path: Path, images: Images, chunk: validation._Chunk) -> Report:
+        if chunk.number == 3:
+            raise KeyboardInterrupt
+        return check(path, images, chunk)
+
+    check = validation._check_chunk
+    monkeypatch.setattr(validation, "_check_chunk", stop)
+    path = write_lines(folder / "data.jsonl", [sample(), "x", sample()])
+    assert main(["validate", str(path), "--workers", "1"]) == 130
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "line 2: error: not JSON at character 1: Expecting value; write one object a line",
+        f"{path}, not to its end: 2 lines, 1 can be used, 1 can't; 1 regions and 1 turns in what can be used",
+        "errors: 1 JSON",
+    ]
+    assert said.err.splitlines()[-1] == "interrupted"
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "1.5", "x"])
+def test_command_wants_a_worker(folder, capsys, workers):
+    with pytest.raises(SystemExit, match="2"):
+        main(["validate", str(folder / "data.jsonl"), f"--workers={workers}"])
+    assert f"{workers} is no whole number above 0" in capsys.readouterr().err
 
 
 def test_command_ends_with_0_where_there_are_only_doubts(folder, capsys):

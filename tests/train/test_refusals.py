@@ -45,6 +45,10 @@ REFUSED: dict[str, tuple[dict, str]] = {
     ),
     "a source that nobody knows": ({"data__sources": ("cocoa",)}, "no source 'cocoa', and no prepared"),
     "evaluation on nothing": ({"data__held_out": ()}, "config.data.held_out must name data or eval_every be"),
+    "evaluation on what is trained on": (
+        {"data__sources": ("vg", "coco"), "data__held_out": ("coco",)},
+        "config.data.held_out names what is trained on: coco",
+    ),
     "no share": ({"data__tolerance": 0.0}, "config.data.tolerance must be a share above 0, at most 1"),
     "no image in a row": (
         {"data__images_per_row": 0},

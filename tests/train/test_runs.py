@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -194,7 +195,8 @@ def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(poisoned: tuple)
 def test_a_run_begins_with_the_parameters_sizes_and_tokenizer_of_a_checkpoint(
     finished: tuple, command: Command, tmp_path: Path
 ) -> None:
-    start = finished[0] / "export"
+    start = tmp_path / "start"
+    shutil.copytree(finished[0] / "export", start)
     own = {"steps": 1, "init_from": start, "model.decoder.dim": 64, "data.tokenizer": ""}
     assert train.main(command(tmp_path / "run", **{**FEW, **own})) == 0
     found, expected = (leaves(path / "params") for path in (tmp_path / "run" / "export", start))
@@ -205,5 +207,8 @@ def test_a_run_begins_with_the_parameters_sizes_and_tokenizer_of_a_checkpoint(
         np.testing.assert_array_equal(found[path], as_trained, err_msg=path)
     assert checkpoint.load_config(tmp_path / "run" / "export") == checkpoint.load_config(start)
     assert (tmp_path / "run/export/tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    # From then on it isn't needed any more.
+    shutil.rmtree(start)
+    assert train.main(command(tmp_path / "run", **{**FEW, **own})) == 0
     learning = json.loads((tmp_path / "run/train_config.json").read_text())
     assert learning["model"]["decoder"]["dim"] == SMALL["model.decoder.dim"]
