@@ -1,5 +1,6 @@
 """Reading ahead from worker processes, without waiting for ever for one that died."""
 
+import contextlib
 import multiprocessing
 import queue
 import signal
@@ -9,6 +10,11 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+PATIENCE = 5.0
+"""Seconds in which what is to end has to."""
+ABANDONED: list[Any] = []
+"""Iterators whose worker died. Closing or deleting one, or Python's own end, waits for the rest of what that
+worker was writing: a program that finds something here ends with `os._exit`."""
 POLL = 0.2
 """Seconds between two looks at the processes, where there is nothing to read."""
 
@@ -47,20 +53,29 @@ class Watched(Iterator[T], Generic[T]):
             raise error
 
     def close(self) -> None:
-        """Ends the thread and the workers; those that can't be ended this way end with their parent."""
+        """Ends the thread and the workers."""
         self._closing.set()
         while True:
             try:
                 self._queue.get_nowait()
             except queue.Empty:
                 break
-        self._thread.join(timeout=5)
-        if not self._thread.is_alive():
-            self._iterator.close()
+        self._thread.join(timeout=PATIENCE)
+        closed = False
+        with contextlib.suppress(WorkerDied):
+            self._look()
+            closing = threading.Thread(target=self._iterator.close, daemon=True)
+            closing.start()
+            closing.join(timeout=PATIENCE)
+            closed = not closing.is_alive()
+        if not closed:
+            ABANDONED.append(self._iterator)
+            for process in self._workers.values():
+                process.kill()
 
     def _read(self) -> None:
-        # Workers inherit it: Ctrl-C is for their parent alone, from their first moment.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Workers inherit it: what stops a program is for their parent alone, from their first moment.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             for element in self._iterator:
                 if not self._put(element, None):

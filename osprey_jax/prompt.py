@@ -61,9 +61,9 @@ class Tokenizer:
 
         Raises ValueError where there is neither, or the file is damaged or of another kind.
         """
-        directory = epath.Path(directory)
+        root = epath.Path(directory)
         for name, parse in (("tokenizer.model", _legacy_llama), ("tokenizer.json", _from_json)):
-            path = directory / name
+            path = root / name
             if path.is_file():
                 data = path.read_bytes()
                 try:

@@ -12,6 +12,7 @@ on the way, 2 refused to begin.
 import contextlib
 import itertools
 import math
+import os
 import re
 import signal
 import sys
@@ -31,7 +32,7 @@ from data_pipelines.pipeline import FailingSamples, Loader, make_loader
 from data_pipelines.records import Source
 from data_pipelines.shapes.source import Shapes
 from data_pipelines.shapes.tokenizer import train_tokenizer
-from data_pipelines.watched import WorkerDied
+from data_pipelines.watched import ABANDONED, WorkerDied
 from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch, to_device
 from osprey_jax.checkpoint import (
@@ -426,4 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if ABANDONED:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -381,7 +381,7 @@ def _shown(value: Any) -> str:
     """A value of JSON as it stands where that is short."""
     if not isinstance(value, list) or not value:
         return _told(value)
-    inside = {list: "[…]", dict: "{…}"}
+    inside: dict[type, str] = {list: "[…]", dict: "{…}"}
     text = ", ".join(inside.get(type(item)) or json.dumps(item)[:20] for item in value[:8])
     return f"[{text}{', …' if len(value) > 8 else ''}]"
 

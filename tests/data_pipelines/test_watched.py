@@ -1,18 +1,16 @@
 """Workers that die are told of, and those that live end with their loader."""
 
 import itertools
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from data_pipelines.pipeline import make_loader
-from data_pipelines.watched import Watched, WorkerDied
-from osprey_jax.config import OspreyConfig
-from osprey_jax.prompt import Tokenizer
-from tests.data_pipelines.test_packed_stream import Album
+from data_pipelines.shapes import train_tokenizer
+from data_pipelines.watched import Watched
 
 
 class Numbers:
@@ -50,14 +48,35 @@ def test_no_more_is_read_ahead_than_was_asked_for_and_closing_ends_it() -> None:
     assert numbers.closed
 
 
-def test_a_killed_worker_is_an_error_and_no_endless_wait(tokenizer: Tokenizer, config: OspreyConfig) -> None:
-    before = set(multiprocessing.active_children())
-    loader = make_loader(
-        [Album("a", 600)], tokenizer, config, batch_size=4, buckets=((64, 4),), seed=0, workers=2
-    )
+KILLED = """
+import itertools, multiprocessing, os, signal, sys
+from data_pipelines.pipeline import make_loader
+from data_pipelines.shapes import Shapes
+from data_pipelines.watched import WorkerDied
+from osprey_jax.config import tiny
+from osprey_jax.prompt import Tokenizer
+
+if __name__ == "__main__":
+    tokenizer = Tokenizer.load(sys.argv[1])
+    loader = make_loader([Shapes()], tokenizer, tiny(), batch_size=4, buckets=((224, 7),), seed=0, workers=2)
     next(loader)
-    (worker, _) = set(multiprocessing.active_children()) - before
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(WorkerDied, match="a process that prepares samples was killed by signal 9"):
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    try:
         list(itertools.islice(loader, 1000))
+    except WorkerDied as error:
+        print(error, flush=True)
     loader.close()
+    os._exit(0)
+"""
+
+
+def test_a_killed_worker_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
+    train_tokenizer(tmp_path)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    line = [sys.executable, str(script), str(tmp_path)]
+    out = subprocess.run(
+        line, env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert out.startswith("a process that prepares samples was killed by signal 9; ")
