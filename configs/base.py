@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
             # row may hold. What is learned from each is the same; above 1 give `steps`, not `epochs`.
             "share_image": 1,
             "images_per_row": 1,
-            # The share of broken samples, of the last 1,000, beyond which training stops and names them.
+            # The share of broken samples, of the last 1,000 or the first 100, beyond which training stops.
             "tolerance": 0.05,
             # System texts that conversations draw from: "training" and "inference" (see `osprey_jax.prompt`).
             "systems": ("training",),

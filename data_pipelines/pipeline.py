@@ -3,7 +3,7 @@
 What a sample is and where it comes in the stream depends on the seed alone, not on hosts, workers or
 threads: the order is a function from place to sample (Grain's `MapDataset`), and a sample that fails keeps
 its place until the loader has counted it. So the number of places taken is all that a checkpoint needs, and,
-where a place holds several samples, how many of its sequences.
+where a place holds several samples, how many of them.
 """
 
 import collections
@@ -82,8 +82,7 @@ def make_loader(
         counts by its size and an epoch has every sample once.
       share_image: how many conversations about one image may stand behind that image's one prefix.
       images_per_row: how many images a row may hold, with their conversations; rows are filled in the order
-      of
-        the stream.
+        of the stream.
       systems: the system texts to draw from.
       loss_per: what weighs 1 in the loss: every dialogue, or every labelled token.
       host: the number of this host.
@@ -226,11 +225,9 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self._tolerance = tolerance
         self._identity = identity
         self._step = 0
-        self._at = (0, 0)  # the next element: its place, and its number among those of the place
+        self._at = (0, 0)  # the next element's place, and how many samples of that were taken
         self._iterator: grain.DatasetIterator[list[Element]] | Watched[list[Element]] | None = None
-        self._read: collections.deque[Element] = (
-            collections.deque()
-        )  # elements of this place, from the next on
+        self._read: collections.deque[Element] = collections.deque()  # of this place, from the next on
         self._failures: collections.deque[float] = collections.deque(maxlen=WATCHED)
 
     def __next__(self) -> tuple[Batch, list[str]]:
