@@ -17,9 +17,10 @@ from tqdm import tqdm
 from osprey_jax import figure
 from osprey_jax.image import load_image
 from osprey_jax.masks import encode_rle
-from osprey_jax.predictor import Level, Osprey, request
+from osprey_jax.predictor import Osprey
 from osprey_jax.prompt import PROTOCOLS, REGION
 from osprey_jax.region_files import Regions, read_regions
+from osprey_jax.request import Level, request
 
 USAGE_ERROR = 2
 _FEW = 3

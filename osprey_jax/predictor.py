@@ -1,49 +1,46 @@
 """`Osprey`: an image, region masks and a question in; words about each region out."""
 
 import itertools
-import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from osprey_jax import checkpoint
+from osprey_jax import checkpoint, engine
 from osprey_jax.config import OspreyConfig
-from osprey_jax.generate import Greedy, Sampler, TopP, answer, prefill
+from osprey_jax.engine import Asked, Prepared
 from osprey_jax.image import ImageLike, load_image, preprocess
 from osprey_jax.masks import MaskPyramid, as_masks, mask_pyramid
 from osprey_jax.models import osprey as network
+from osprey_jax.models.llama import unstack_layers
 from osprey_jax.prompt import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_ID,
     MASK_TOKEN,
     OVERVIEW,
     POSITION_TOKEN,
-    PROTOCOLS,
-    REGION,
     SYSTEM_INFERENCE,
     Tokenizer,
     conversation,
     region_list,
     tokenize,
 )
+from osprey_jax.request import CHAT_TOKENS, Decoding, Level, Request, decoding, request, said
 from osprey_jax.typing import Array, ArrayLike, Float, Params
 
 Masks = ArrayLike | Iterable[ArrayLike]
 """`(R, h, w)`: an array or an iterable of `(h, w)` arrays, bool, 0/1 or 0/255, at the image's own size."""
-Level = Literal["short", "detailed"]
 
-ANSWER_TOKENS = {"short": 64, "detailed": 512}
-"""Default limits of `describe`, by level."""
-CHAT_TOKENS = 512
-"""Default limit of `chat`, and of `describe` for a question of one's own."""
-_LENGTH_STEP, _SUFFIX_STEP = 64, 32
+WINDOW_IMAGES, WINDOW_REGIONS = 16, 512
+"""So many images are answered together by `describe_many`, or fewer if they have so many regions."""
+
+T = TypeVar("T")
 
 
 class Generation(NamedTuple):
@@ -53,23 +50,6 @@ class Generation(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     """Of each token: natural logarithm of the model's probability, before temperature and top-p."""
-
-
-class Decoding(NamedTuple):
-    """How answers are decoded; `decoding` makes it."""
-
-    sampler: Sampler
-    limit: int
-    seed: int
-
-
-class Request(NamedTuple):
-    """What is asked of each region and how it is answered; `request` makes it."""
-
-    prompt: str
-    keep: Callable[[str], str]
-    """The part of an answer that is kept."""
-    decoding: Decoding
 
 
 class Osprey:
@@ -89,8 +69,11 @@ class Osprey:
                 f"the tokenizer has {MASK_TOKEN} and {POSITION_TOKEN} at {ids}, the model's config at "
                 f"{(config.mask_token_id, config.position_token_id)}"
             )
+        decoder = dict(params["decoder"])
+        if "layers" in decoder:
+            params = {**params, "decoder": unstack_layers(decoder)}
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.model = network.Osprey(config, jnp.dtype(dtype))
+        self.model = network.Osprey(config, jnp.dtype(dtype), scan_layers=False)
 
     @classmethod
     def load(cls, directory: Path | str, dtype: str | None = None) -> "Osprey":
@@ -109,7 +92,17 @@ class Osprey:
         tokenizer = Tokenizer.load(directory)
         shapes = network.abstract_params(config, dtype)
         shapes = {**shapes, "extractor": network.abstract_params(config, "float32")["extractor"]}
-        return cls(config, checkpoint.load_params(directory, shapes), tokenizer, dtype=dtype)
+        params = checkpoint.load_params(directory, shapes)
+        params["decoder"] = unstack_layers(params["decoder"])
+        return cls(config, params, tokenizer, dtype=dtype)
+
+    def prepare(self, image: ImageLike, masks: Masks) -> Prepared:
+        """An image and its regions as the network takes them: NumPy alone, fit for threads."""
+        picture = load_image(image)
+        regions = as_masks(masks, picture.shape[:2])
+        vision, size = self.config.vision, self.config.extractor.position_size
+        pyramid = mask_pyramid(regions, level_sizes=vision.level_sizes, position_size=size)
+        return Prepared(preprocess(picture, size=vision.image_size), pyramid)
 
     def describe(
         self,
@@ -117,11 +110,12 @@ class Osprey:
         masks: Masks,
         level: Level = "short",
         *,
-        question: str | None = None,
+        question: str | Sequence[str] | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
     ) -> list[str]:
         """Says in words what each region is, one text per mask.
 
@@ -129,11 +123,14 @@ class Osprey:
           image: the picture.
           masks: the regions.
           level: "short" or "detailed": the original demo's question, and the part of its answer that is kept.
-          question: asked instead, with `<region>` where the region is meant; the answer is given whole.
-          max_new_tokens: limit of an answer; by default `ANSWER_TOKENS` or `CHAT_TOKENS`.
+          question: asked instead, with `<region>` where the region is meant; the answer is given whole. A
+          list
+            has one for each region.
+          max_new_tokens: limit of an answer; by default `request.ANSWER_TOKENS` or `CHAT_TOKENS`.
           temperature: 0 for greedy answers.
           top_p: sampling is from the likeliest tokens that reach this probability.
           seed: of sampling.
+          stop: texts before which an answer ends.
         """
         asked = request(
             level,
@@ -142,39 +139,89 @@ class Osprey:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            stop=stop,
         )
         return list(self._describe(image, masks, asked))
 
     def _describe(self, image: ImageLike, masks: Masks, asked: Request) -> Iterator[str]:
         """`describe`, each text as soon as it is there: for the command's progress bar."""
-        for generation in self._generate(image, masks, asked.prompt, asked.decoding):
+        for generation in self._generate(self.prepare(image, masks), asked):
             yield asked.keep(generation.text)
+
+    def describe_many(
+        self,
+        items: Iterable[tuple[ImageLike, Masks]],
+        level: Level = "short",
+        *,
+        question: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[list[str]]:
+        """`describe` of many images with their masks: yields one list for each, in their order.
+
+        Regions of several images are answered together, up to `WINDOW_IMAGES` at a time, while a thread takes
+        the next ones from `items`. What is wrong with an image is raised when those before it have been
+        yielded; the message has its number, from 0.
+        """
+        asked = request(
+            level,
+            question=question,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        )
+
+        def many() -> Iterator[list[str]]:
+            for window in _windows(self._numbered(items)):
+                for generations in self.answer(window, asked):
+                    yield [asked.keep(generation.text) for generation in generations]
+
+        return many()
+
+    def _numbered(self, items: Iterable[tuple[ImageLike, Masks]]) -> Iterator[Prepared]:
+        for number, (image, masks) in enumerate(items):
+            try:
+                yield self.prepare(image, masks)
+            except (ValueError, OSError) as error:
+                raise type(error)(f"item {number}: {error}") from error
+
+    def answer(self, prepared: Sequence[Prepared], asked: Request) -> list[list[Generation]]:
+        """Answers about the regions of some images at once; batches are formed among these images alone."""
+        rules, stop = self._rules(asked.decoding), asked.decoding.stop
+        jobs = [self._asked(one, asked.prompts) for one in prepared]
+        answers = engine.answer(self.model, self.params, jobs, rules)
+        return [[self._generation(one, stop) for one in regions] for regions in answers]
 
     def generate(
         self,
         image: ImageLike,
         masks: Masks,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
     ) -> list[Generation]:
-        """Answers a complete prompt, template included, once for each mask.
+        """Answers a complete prompt, template included, once for each mask; or a prompt of its own for each.
 
-        `prompt` holds one `<image>` and one `<mask><pos>`, which stands for each region in turn.
+        A prompt holds one `<image>` and, behind it, one `<mask><pos>`, which stands for the region. Prompts
+        of one image must be equal up to the image's end; as far as they are equal, they are computed once.
         """
-        settings = decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return list(self._generate(image, masks, prompt, settings))
+        how = decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+        prompts = tuple(prompt) if isinstance(prompt, list | tuple) else (prompt,)
+        return list(self._generate(self.prepare(image, masks), Request(prompts, str, how)))
 
-    def _generate(
-        self, image: ImageLike, masks: Masks, prompt: str, settings: Decoding
-    ) -> Iterator[Generation]:
-        ids = self._expand(prompt, regions=1)
-        tokens, count = self._visual_tokens(image, masks)
-        split = ids.index(self.tokenizer.mask_id)
-        yield from self._answers(tokens, ids[:split], ids[split:], range(count), settings)
+    def _generate(self, prepared: Prepared, asked: Request) -> Iterator[Generation]:
+        job, rules = self._asked(prepared, asked.prompts), self._rules(asked.decoding)
+        for one in engine.stream(self.model, self.params, job, rules):
+            yield self._generation(one, asked.decoding.stop)
 
     def chat(
         self,
@@ -186,31 +233,34 @@ class Osprey:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
     ) -> str:
         """The next answer of a conversation about all regions, which its messages call region1, region2, ….
 
         `messages` alternate {"role": "user", "content": …} and {"role": "assistant", "content": …}, first and
         last the user's. As in the conversation data, `<` and `>` are taken out of what they say.
         """
-        settings = decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        said = _said(messages)
-        tokens, count = self._visual_tokens(image, masks)
-        said[0] = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(count)}{said[0]}"
-        turns = list(zip(said[::2], [*said[1::2], None], strict=True))
-        ids = self._expand(conversation(turns, system=SYSTEM_INFERENCE), regions=count)
-        [generation] = self._answers(tokens, ids[:-1], ids[-1:], [0], settings)
-        return generation.text
+        how = decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+        texts = said(messages)
+        prepared = self.prepare(image, masks)
+        texts[0] = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(prepared.regions)}{texts[0]}"
+        turns = list(zip(texts[::2], [*texts[1::2], None], strict=True))
+        ids = self._expand(conversation(turns, system=SYSTEM_INFERENCE), regions=prepared.regions)
+        job = Asked(prepared, ids[:-1], [ids[-1:]], in_prefix=True)
+        [answer] = engine.stream(self.model, self.params, job, self._rules(how))
+        return self._generation(answer, how.stop).text
 
     def logits(self, image: ImageLike, masks: Masks, prompt: str) -> Float[np.ndarray, "T V"]:
         """Float32 next-token logits over the whole sequence; the image takes `num_image_tokens` places of it.
 
         `prompt` holds one `<image>` and one `<mask><pos>` for each mask, in the masks' order.
         """
-        pixels, pyramid, count = self._inputs(image, masks)
-        ids = self._expand(prompt, regions=count)
+        prepared = self.prepare(image, masks)
+        ids = self._expand(prompt, regions=prepared.regions)
         # Padding is on the right, so causality alone keeps it out.
-        padded = self._padded(ids, _LENGTH_STEP)
-        return np.asarray(_logits(self.model, self.params, pixels, pyramid, padded)[0, : len(ids)])
+        padded, _ = engine.padded([ids], engine.PREFIX_STEP, self.tokenizer.pad_id)
+        logits = _logits(self.model, self.params, *_batch_of_one(prepared), padded)
+        return np.asarray(logits[0, : len(ids)])
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, BOS first, -200 for `<image>`."""
@@ -220,22 +270,50 @@ class Osprey:
 
     def embed(self, image: ImageLike, masks: Masks) -> Float[np.ndarray, "R D"]:
         """Float32 mask tokens, one for each region: for retrieval and deduplication."""
-        tokens, count = self._visual_tokens(image, masks)
-        return np.asarray(tokens.mask[0, :count])
+        prepared = self.prepare(image, masks)
+        tokens = _mask_tokens(self.model, self.params, *_batch_of_one(prepared))
+        return np.asarray(tokens[0, : prepared.regions])
 
-    def _inputs(self, image: ImageLike, masks: Masks) -> tuple[np.ndarray, MaskPyramid, int]:
-        """The network's inputs for one image, its regions padded to a power of two, and their true number."""
-        picture = load_image(image)
-        regions = as_masks(masks, picture.shape[:2])
-        vision, size = self.config.vision, self.config.extractor.position_size
-        pyramid = mask_pyramid(regions, level_sizes=vision.level_sizes, position_size=size)
-        missing = (1 << (len(regions) - 1).bit_length()) - len(regions)
-        pyramid = jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0), (0, 0)))[None], pyramid)
-        return preprocess(picture, size=vision.image_size)[None], pyramid, len(regions)
+    def _asked(self, prepared: Prepared, prompts: tuple[str, ...]) -> Asked:
+        """The prompts as ids: what all begin with, and what follows for each region."""
+        count = prepared.regions
+        if len(prompts) not in (1, count):
+            raise ValueError(f"give one question, or one for each region: {len(prompts)} for {count} regions")
+        ids = {text: self._expand(text, regions=1) for text in set(prompts)}
+        split = min(each.index(self.tokenizer.mask_id) for each in ids.values())
+        first, *others = (each[:split] for each in ids.values())
+        for other in others:
+            split = next((i for i in range(split) if first[i] != other[i]), split)
+        for text, each in ids.items():
+            if IMAGE_TOKEN_ID in each[split:]:
+                raise ValueError(
+                    f"prompts about one image must be equal up to its {IMAGE_TOKEN}, which stands before "
+                    f"{MASK_TOKEN}: {text!r}"
+                )
+        rest = [ids[text][split:] for text in prompts]
+        return Asked(prepared, first[:split], rest if len(rest) == count else rest * count)
 
-    def _visual_tokens(self, image: ImageLike, masks: Masks) -> tuple[network.VisualTokens, int]:
-        pixels, pyramid, count = self._inputs(image, masks)
-        return _visual_tokens(self.model, self.params, pixels, pyramid), count
+    def _rules(self, how: Decoding) -> engine.Rules:
+        def kept(ids: list[int]) -> int | None:
+            def stopped(size: int) -> bool:
+                text = self.tokenizer.decode(ids[:size])
+                return any(stop in text for stop in how.stop)
+
+            return next(filter(stopped, range(1, len(ids) + 1))) if stopped(len(ids)) else None
+
+        return engine.Rules(
+            sampler=how.sampler,
+            limit=how.limit,
+            seed=how.seed,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+            stop=kept if how.stop else None,
+        )
+
+    def _generation(self, answer: engine.Answer, stop: tuple[str, ...]) -> Generation:
+        text = self.tokenizer.decode(answer.token_ids)
+        end = min((place for place in map(text.find, stop) if place >= 0), default=None)
+        return Generation(text[:end], answer.token_ids, answer.logprobs)
 
     def _expand(self, text: str, *, regions: int) -> list[int]:
         """Ids of a prompt with the image's places; it has to name one image and so many regions."""
@@ -257,50 +335,11 @@ class Osprey:
         place = ids.index(IMAGE_TOKEN_ID)
         return ids[:place] + [IMAGE_TOKEN_ID] * self.config.vision.num_image_tokens + ids[place + 1 :]
 
-    def _answers(
-        self,
-        tokens: network.VisualTokens,
-        prefix: list[int],
-        rest: list[int],
-        regions: Iterable[int],
-        settings: Decoding,
-    ) -> Iterator[Generation]:
-        """Decodes an answer for each of `regions`, all behind one prefix."""
-        room = max(_SUFFIX_STEP, 1 << (settings.limit - 1).bit_length())
-        first, second = self._padded(prefix, _LENGTH_STEP), self._padded(rest, _SUFFIX_STEP)
-        shared = prefill(self.model, self.params, first, np.int32(len(prefix)), tokens)
-        for region in regions:
-            out = answer(
-                self.model,
-                self.params,
-                shared,
-                second,
-                np.int32(len(rest)),
-                tokens,
-                region=np.int32(region),
-                sampler=settings.sampler,
-                key=jax.random.fold_in(jax.random.key(settings.seed), region),
-                limit=np.int32(settings.limit),
-                eos_id=np.int32(self.tokenizer.eos_id),
-                room=room,
-            )
-            length = int(out.length)
-            ids = np.asarray(out.token_ids)[:length].tolist()
-            text = self.tokenizer.decode(ids)
-            yield Generation(text, ids, np.asarray(out.logprobs)[:length].tolist())
-
-    def _padded(self, ids: list[int], step: int) -> np.ndarray:
-        padded = np.full((1, -(-len(ids) // step) * step), self.tokenizer.pad_id, np.int32)
-        padded[0, : len(ids)] = ids
-        return padded
-
 
 @partial(jax.jit, static_argnames="model")
-def _visual_tokens(
-    model: network.Osprey, params: Params, images: Array, masks: MaskPyramid
-) -> network.VisualTokens:
+def _mask_tokens(model: network.Osprey, params: Params, images: Array, masks: MaskPyramid) -> Array:
     features = network.apply(model, params, network.Osprey.features, images)
-    return network.apply(model, params, network.Osprey.visual_tokens, features, masks)
+    return network.apply(model, params, network.Osprey.region_tokens, features, masks)[0]
 
 
 @partial(jax.jit, static_argnames="model")
@@ -310,74 +349,38 @@ def _logits(
     return network.apply(model, params, network.Osprey.__call__, images, masks, input_ids)
 
 
-def request(
-    level: Level = "short",
-    *,
-    question: str | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Request:
-    """Checks what `Osprey.describe` is asked, and takes its options; raises ValueError as it does."""
-    if level not in tuple(ANSWER_TOKENS):
-        raise ValueError(f"level must be 'short' or 'detailed', got {level!r}")
-    protocol = PROTOCOLS[f"demo_{level}"]
-    if question is None:
-        prompt, keep, limit = protocol.prompt(), protocol.keep, ANSWER_TOKENS[level]
-    else:
-        prompt, keep, limit = protocol.prompt(_checked_question(question)), str, CHAT_TOKENS
-    limit = limit if max_new_tokens is None else max_new_tokens
-    return Request(prompt, keep, decoding(limit, temperature=temperature, top_p=top_p, seed=seed))
+def _batch_of_one(prepared: Prepared) -> tuple[np.ndarray, MaskPyramid]:
+    """An image and its regions, these padded to a power of two, with a batch axis."""
+    count = 1 << (prepared.regions - 1).bit_length()
+    return prepared.pixels[None], engine.stacked([prepared.masks], 0, count)
 
 
-def decoding(max_new_tokens: int, *, temperature: float, top_p: float, seed: int) -> Decoding:
-    """Checks the options of decoding; raises ValueError that names the one that is wrong."""
-    limit, number = _integer("max_new_tokens", max_new_tokens), _integer("seed", seed)
-    if limit < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"seed must have at most 64 bits, got {number}")
-    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
-    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
-    if temperature == 0:
-        return Decoding(Greedy(), limit, number)
-    sampler = TopP(temperature=np.asarray(temperature, np.float32), top_p=np.asarray(top_p, np.float32))
-    return Decoding(sampler, limit, number)
-
-
-def _integer(name: str, value: Any) -> int:
+def _windows(prepared: Iterable[Prepared]) -> Iterator[list[Prepared]]:
+    """Images that are answered together; one that can't be prepared raises when those before it are done."""
+    window: list[Prepared] = []
     try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+        for one in _ahead(prepared, WINDOW_IMAGES):
+            window.append(one)
+            regions = sum(each.regions for each in window)
+            if len(window) == WINDOW_IMAGES or regions >= WINDOW_REGIONS:
+                yield window
+                window = []
+    except (ValueError, OSError):
+        if window:
+            yield window
+        raise
+    if window:
+        yield window
 
 
-def _checked_question(question: str) -> str:
-    """A question of one's own with its region's placeholders."""
-    if not isinstance(question, str):
-        raise ValueError(f"a question must be text, got {question!r}")
-    text = question.replace("<region>", REGION)
-    if (count := text.count(REGION)) != 1:
-        raise ValueError(f"a question must name <region> once, this one does so {count} times: {question}")
-    for token in (IMAGE_TOKEN, MASK_TOKEN, POSITION_TOKEN):
-        if token in text.replace(REGION, ""):
-            raise ValueError(f"a question must not hold {token} but for its <region>: {question}")
-    return text
-
-
-def _said(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the messages say, once their form is checked."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise ValueError(f"messages must be a list, got {messages!r}")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number} must have a role and a content that is text, got {message!r}")
-    roles = [message.get("role") for message in messages]
-    if len(roles) % 2 == 0 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-        raise ValueError(
-            f"messages must alternate user and assistant, first and last the user's; got the roles {roles}"
-        )
-    return [message["content"].replace("<", "").replace(">", "") for message in messages]
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items, of which a thread makes up to `count` before they are asked for."""
+    iterator = iter(items)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
+    try:
+        waiting = deque(pool.submit(next, iterator, None) for _ in range(count))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, iterator, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)

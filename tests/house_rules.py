@@ -27,6 +27,8 @@ LAYERS = (
     ),
     ("models", "sam"),
     ("loss", "optim", "metrics", "checkpoint", "convert", "convert_rules", "torch_files", "generate"),
+    ("vocabulary", "engine", "request"),
+    ("recognize",),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
     ("train_config", "train"),
     ("describe", "label", "eval", "serve", "demo"),

@@ -1,11 +1,13 @@
-"""Llama-style decoder over embeddings, with scanned layers and an explicit cache.
+"""Llama-style decoder over embeddings, with an explicit cache.
 
 Reference: Touvron et al., Llama 2, arXiv 2307.09288; weights as Hugging Face's `LlamaForCausalLM`.
-Differs: who sees whom is told by positions and segment ids, never by a token's place in the buffer.
+Differs: who sees whom is told by positions and segment ids, never by a token's place in the buffer. Layers
+are stacked and scanned, which compiles fast, for training; for generation each has parameters of its own
+(`unstack_layers`), for a scan copies the weights that a step reads.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -16,15 +18,16 @@ from osprey_jax.config import DecoderConfig
 from osprey_jax.models.layers import Linear, RMSNorm, logical
 from osprey_jax.ops.attention import attention, visibility
 from osprey_jax.ops.rotary import apply_rotary
-from osprey_jax.typing import Array, Bool, Float, Int
+from osprey_jax.typing import Array, Bool, Float, Int, Params
 
 
 @flax.struct.dataclass
 class Cache:
     """Keys and values of the tokens seen so far, in a buffer of `S` slots."""
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: tuple[Float[Array, "B K S H"], ...]
+    """One array a layer."""
+    values: tuple[Float[Array, "B K S H"], ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     """0 for padding and for slots not yet written."""
@@ -34,10 +37,11 @@ class Cache:
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: jnp.dtype) -> Cache:
     """An empty cache for `batch` sequences of at most `slots` tokens."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=empty,
+        values=empty,
         positions=jnp.zeros((batch, slots), jnp.int32),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         end=jnp.zeros((), jnp.int32),
@@ -81,8 +85,9 @@ class SelfAttention(nn.Module):
             project("v_proj", kv_heads, "kv_heads"),
         )
         q, k = (apply_rotary(y, place.positions, theta=c.rope_theta) for y in (q, k))
+        k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
         if kv is not None and place.end is not None:
-            start = (0, place.end, 0, 0)
+            start = (0, 0, place.end, 0)
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
             kv = (k, v)
@@ -139,18 +144,23 @@ class Llama(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    scan_layers: bool = True
+    """Whether parameters of all layers are stacked; a cache needs them apart."""
 
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.dim, self.dtype)
-        self.layers = nn.scan(
-            DecoderLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype)
+        if self.scan_layers:
+            self.layers = nn.scan(
+                DecoderLayer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, self.dtype)
+        else:
+            self.layers = [DecoderLayer(c, self.dtype) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.norm_eps)
         self.lm_head = Linear(
             (c.dim,),
@@ -214,13 +224,23 @@ class Llama(nn.Module):
             prefix_mask=prefix_mask,
         )
         x = nn.with_logical_constraint(embeddings.astype(self.dtype), ("batch", None, "activation_embed"))
-        before, kv = (None if c is None else (c.keys, c.values) for c in (prefix, cache))
-        x, kv = self.layers(x, kv, before, place)
-        if cache is not None and kv is not None:
-            keys, values = kv
-            end = cache.end + positions.shape[1]
+        if self.scan_layers:
+            assert (cache, prefix) == (None, None), "a cache needs layers that are not scanned"
+            x, _ = self.layers(x, None, None, place)
+            return self.norm(x), None
+        written: list[KeysValues | None] = []
+        for number, layer in enumerate(self.layers):
+            before, own = (None if c is None else (c.keys[number], c.values[number]) for c in (prefix, cache))
+            x, own = layer(x, own, before, place)
+            written.append(own)
+        if cache is not None:
+            keys, values = zip(*written, strict=True)
             cache = Cache(
-                keys=keys, values=values, positions=key_positions, segment_ids=key_segments, end=end
+                keys=keys,
+                values=values,
+                positions=key_positions,
+                segment_ids=key_segments,
+                end=cache.end + positions.shape[1],
             )
         return self.norm(x), cache
 
@@ -241,3 +261,18 @@ class Embedding(nn.Module):
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", logical(init, "vocab", "embed"), (self.vocab_size, self.dim))
         return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+
+
+def unstack_layers(params: dict[str, Any]) -> Params:
+    """A decoder's parameters with each layer's apart, as `Llama` has them where it doesn't scan.
+
+    Takes the stacked ones out of `params`, so that no more than one of them need be there twice.
+    """
+    leaves, tree = jax.tree.flatten(params["layers"])
+    del params["layers"]
+    count = leaves[0].shape[0]
+    for place, stacked in enumerate(leaves):
+        leaves[place] = [stacked[number] for number in range(count)]
+        del stacked
+    layers = (jax.tree.unflatten(tree, [leaf[number] for leaf in leaves]) for number in range(count))
+    return {**params, **{f"layers_{number}": layer for number, layer in enumerate(layers)}}

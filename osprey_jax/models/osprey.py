@@ -53,13 +53,15 @@ class Osprey(nn.Module):
 
     config: OspreyConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    scan_layers: bool = True
+    """Whether the decoder's layers are stacked; for generation they are apart (`unstack_layers`)."""
 
     def setup(self) -> None:
         c = self.config
         self.vision = ConvNeXt(c.vision, self.dtype)
         self.projector = Projector(c.decoder.dim, self.dtype)
         self.extractor = MaskExtractor(c.extractor, c.decoder.dim)
-        self.decoder = Llama(c.decoder, self.dtype)
+        self.decoder = Llama(c.decoder, self.dtype, self.scan_layers)
 
     def features(self, images: Float[Array, "B Y X 3"]) -> tuple[Array, ...]:
         """The tower's four feature maps of preprocessed images."""
@@ -67,10 +69,18 @@ class Osprey(nn.Module):
 
     def visual_tokens(self, features: tuple[Array, ...], masks: MaskPyramid) -> VisualTokens:
         """Image, mask and position tokens from the tower's features and the regions' mask pyramid."""
+        mask, position = self.region_tokens(features, masks)
+        return VisualTokens(image=self.image_tokens(features), mask=mask, position=position)
+
+    def image_tokens(self, features: tuple[Array, ...]) -> Float[Array, "B YX D"]:
+        """Image tokens from the tower's features, row-major over res4."""
         res4 = features[2]
-        image = self.projector(res4.reshape(res4.shape[0], -1, res4.shape[-1]))
+        return _whole(self.projector(res4.reshape(res4.shape[0], -1, res4.shape[-1])))
+
+    def region_tokens(self, features: tuple[Array, ...], masks: MaskPyramid) -> tuple[Array, Array]:
+        """Mask and position tokens, each `(B, R, D)`, from the tower's features and a mask pyramid."""
         mask, position = self.extractor(features, masks)
-        return VisualTokens(image=_whole(image), mask=_whole(mask), position=_whole(position))
+        return _whole(mask), _whole(position)
 
     def embed(self, input_ids: Int[Array, "B T"], tokens: VisualTokens) -> Float[Array, "B T D"]:
         """Embeds text ids and puts the visual tokens in their places, each kind in order of appearance.

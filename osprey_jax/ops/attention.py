@@ -1,6 +1,7 @@
 """Attention over explicit masks, and the one rule that says which token sees which."""
 
-from functools import partial
+from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,18 @@ def visibility(
     return seen & causal & (keys != 0)
 
 
+class _Source(NamedTuple):
+    """Keys and values `(P, K, S, H)`, and which of them the queries see, `(B, T, S)`."""
+
+    keys: Array
+    values: Array
+    mask: Array
+
+
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
     *,
     prefix: tuple[Array, Array, Array] | None = None,
@@ -43,24 +52,38 @@ def attention(
 
     Query head `n` reads key/value head `n // G`. A query that sees no key gets a finite, meaningless row.
 
-    `prefix` is a further set of keys and values `(P, S', K, H)` and its mask `(B, T, S')`, under one softmax.
+    `prefix` is a further set of keys and values `(P, K, S', H)` and its mask `(B, T, S')`, under one softmax.
     `P` divides `B`: row `b` reads row `b // (B / P)` of it, and no row is copied.
     """
-    sources = [(k, v, mask)] if prefix is None else [prefix, (k, v, mask)]
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=matmul_precision(q.dtype))
     b, t, n, h = q.shape
-    grouped = [q.reshape(keys.shape[0], -1, t, k.shape[2], n // k.shape[2], h) for keys, _, _ in sources]
-    scores = [
-        einsum("PRTKGH,PSKH->PRKGTS", queries, keys).reshape(b, k.shape[2], -1, t, keys.shape[1])
-        for queries, (keys, *_) in zip(grouped, sources, strict=True)
+    own = _Source(k, v, mask)
+    sources = [own] if prefix is None else [_Source(*prefix), own]
+
+    # Scores lie in the order (P, K, R, T, G, S), in which neither the prefix nor what it is multiplied with
+    # has to be moved; what there is one number of for each row, in the queries' order (B, T, N).
+    def by_source(x: Array, keys: Array) -> Array:
+        return jnp.moveaxis(x.reshape(keys.shape[0], -1, t, k.shape[1], n // k.shape[1], x.shape[-1]), 3, 1)
+
+    def by_row(x: Array) -> Array:
+        return jnp.moveaxis(x, 1, 3).reshape(b, t, n, x.shape[-1])
+
+    scores = []
+    for keys, _, visible in sources:
+        found = einsum("PKRTGH,PKSH->PKRTGS", by_source(q, keys), keys) * h**-0.5
+        seen = visible.reshape(keys.shape[0], 1, -1, t, 1, keys.shape[2])
+        scores.append(jnp.where(seen, found, jnp.finfo(jnp.float32).min))
+    if prefix is None:
+        weights = [jax.nn.softmax(scores[0], axis=-1)]
+    else:
+        largest = reduce(jnp.maximum, [by_row(x.max(-1, keepdims=True)) for x in scores])
+        powers = [
+            jnp.exp(x - by_source(largest, keys)) for x, (keys, *_) in zip(scores, sources, strict=True)
+        ]
+        total = sum(by_row(x.sum(-1, keepdims=True)) for x in powers)
+        weights = [x / by_source(total, y.keys) for x, y in zip(powers, sources, strict=True)]
+    parts = [
+        by_row(einsum("PKRTGS,PKSH->PKRTGH", x.astype(y.values.dtype), y.values))
+        for x, y in zip(weights, sources, strict=True)
     ]
-    seen = jnp.concatenate([visible for *_, visible in sources], axis=-1)[:, None, None]
-    masked = jnp.where(seen, jnp.concatenate(scores, axis=-1) * h**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(masked, axis=-1).astype(v.dtype)
-    out, start = jnp.zeros(q.shape, jnp.float32), 0
-    for keys, values, _ in sources:
-        part = weights[..., start : start + keys.shape[1]]
-        part = part.reshape(keys.shape[0], -1, *part.shape[1:])
-        out += einsum("PRKGTS,PSKH->PRTKGH", part, values).reshape(q.shape)
-        start += keys.shape[1]
-    return out.astype(q.dtype)
+    return reduce(jnp.add, parts).astype(q.dtype)

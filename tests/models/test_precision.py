@@ -14,7 +14,7 @@ import pytest
 from osprey_jax.config import DecoderConfig, ExtractorConfig, OspreyConfig, VisionConfig
 from osprey_jax.masks import MaskPyramid, mask_pyramid
 from osprey_jax.models.convnext import Block
-from osprey_jax.models.llama import Llama, init_cache
+from osprey_jax.models.llama import Llama, init_cache, unstack_layers
 from osprey_jax.models.osprey import Osprey, abstract_params
 from osprey_jax.prompt import IMAGE_TOKEN_ID
 from osprey_jax.typing import Array, Params
@@ -136,7 +136,8 @@ def assert_gradients_are_near(
 
 @pytest.mark.parametrize("cache_dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_a_cache_keeps_its_dtype(cache_dtype: jnp.dtype, params: Params) -> None:
-    decoder, variables = Llama(CONFIG.decoder, BFLOAT16), {"params": params["decoder"]}
+    decoder = Llama(CONFIG.decoder, BFLOAT16, scan_layers=False)
+    variables = {"params": unstack_layers(dict(params["decoder"]))}
     cache = init_cache(CONFIG.decoder, 1, 8, dtype=cache_dtype)
     x = jax.random.normal(jax.random.key(1), (1, 5, 32))
     ones, positions = jnp.ones((1, 5), jnp.int32), jnp.arange(5)[None, :]
@@ -150,7 +151,7 @@ def test_a_cache_keeps_its_dtype(cache_dtype: jnp.dtype, params: Params) -> None
         second, after = decoder.apply(
             variables, x[:, 3:], positions=positions[:, 3:], segment_ids=ones[:, 3:], cache=after
         )
-        return whole, jnp.concatenate([first, second], axis=1), after.keys
+        return whole, jnp.concatenate([first, second], axis=1), after.keys[0]
 
     whole, stepwise, keys = whole_and_stepwise(x)
     assert (stepwise.dtype, keys.dtype) == (BFLOAT16, cache_dtype)

@@ -101,6 +101,11 @@ def random_inputs(num_heads: int, num_kv_heads: int) -> tuple[np.ndarray, ...]:
     return 3 * q, k, v, mask
 
 
+def by_head(k: Array | np.ndarray, v: Array | np.ndarray) -> tuple[Array, Array]:
+    """Keys and values in the order in which attention takes them."""
+    return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (4, 1)])
 def test_attention_and_its_gradients_equal_torch(num_heads: int, num_kv_heads: int) -> None:
     *inputs, mask = random_inputs(num_heads, num_kv_heads)
@@ -113,7 +118,7 @@ def test_attention_and_its_gradients_equal_torch(num_heads: int, num_kv_heads: i
     expected.backward(torch.from_numpy(cotangent))
 
     def run(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-        out, pullback = jax.vjp(lambda *qkv: attention(*qkv, mask), *inputs)
+        out, pullback = jax.vjp(lambda q, k, v: attention(q, *by_head(k, v), mask), *inputs)
         return out, pullback(cotangent)
 
     found, gradients = jax.jit(run)(*inputs)
@@ -127,7 +132,8 @@ def test_scores_of_bfloat16_inputs_are_not_rounded() -> None:
     q, k = np.full((1, 1, 1, 64), 5.0), np.full((1, 2, 1, 64), 5.0)
     k[0, 1, 0, 0] = 5.25
     v = np.array([0.0, 1.0]).reshape(1, 2, 1, 1).repeat(64, axis=3)
-    out = attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), jnp.ones((1, 1, 2), bool))
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    out = attention(q, *by_head(k, v), jnp.ones((1, 1, 2), bool))
     assert out.dtype == jnp.bfloat16
     weight = 1 / (1 + np.exp(-0.25 * 5 / 8))
     np.testing.assert_allclose(np.asarray(out[0, 0, 0], np.float32), weight, rtol=0.004)
@@ -141,9 +147,10 @@ def test_a_query_that_sees_nothing_is_finite_and_sends_no_gradient_elsewhere() -
     others_alone[0, 2] = 0
 
     def others(q: Array, k: Array, v: Array) -> Array:
-        return jnp.sum(others_alone * attention(q, k, v, mask) ** 2)
+        return jnp.sum(others_alone * attention(q, *by_head(k, v), mask) ** 2)
 
-    assert np.isfinite(attention(*(jnp.asarray(x) for x in inputs), mask)).all()
+    q, k, v = (jnp.asarray(x) for x in inputs)
+    assert np.isfinite(attention(q, *by_head(k, v), mask)).all()
     gradients = jax.grad(others, argnums=(0, 1, 2))(*inputs)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert not np.asarray(gradients[0][0, 2]).any()
@@ -152,6 +159,25 @@ def test_a_query_that_sees_nothing_is_finite_and_sends_no_gradient_elsewhere() -
 def test_hidden_keys_change_nothing_to_the_bit() -> None:
     q, k, v, mask = random_inputs(4, 2)
     mask[:, :, 5] = False
-    before = attention(*(jnp.asarray(x) for x in (q, k, v)), mask)
+    before = attention(jnp.asarray(q), *by_head(k, v), mask)
     k[:, 5], v[:, 5] = 1e4, -1e4
-    np.testing.assert_array_equal(attention(*(jnp.asarray(x) for x in (q, k, v)), mask), before)
+    np.testing.assert_array_equal(attention(jnp.asarray(q), *by_head(k, v), mask), before)
+
+
+@pytest.mark.parametrize("rows_of_each", [1, 3])
+def test_a_shared_prefix_is_attended_to_as_if_each_row_had_a_copy(rows_of_each: int) -> None:
+    """Torch attends to the copies, prefix and own keys in one sequence."""
+    rng, rows = np.random.default_rng(2), 2 * rows_of_each
+    q, k, v = (rng.normal(size=(rows, 4, heads, 6)).astype(np.float32) for heads in (6, 2, 2))
+    before = [rng.normal(size=(2, 9, 2, 6)).astype(np.float32) for _ in range(2)]
+    own, seen = rng.random((rows, 4, 4)) < 0.5, rng.random((rows, 4, 9)) < 0.5
+    seen[:, :, 0] = True
+    prefix = (*by_head(*before), jnp.asarray(seen))
+    found = attention(jnp.asarray(q), *by_head(k, v), jnp.asarray(own), prefix=prefix)
+    copies = [np.repeat(x, rows_of_each, axis=0) for x in before]
+    whole = [torch.from_numpy(np.concatenate(x, 1)) for x in zip(copies, (k, v), strict=True)]
+    mask = torch.from_numpy(np.concatenate([seen, own], axis=2))[:, None]
+    expected = F.scaled_dot_product_attention(
+        torch.from_numpy(q).transpose(1, 2), *(x.transpose(1, 2) for x in whole), mask, enable_gqa=True
+    )
+    np.testing.assert_allclose(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)

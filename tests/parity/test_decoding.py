@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from osprey_jax.models.llama import Cache, Llama, init_cache
+from osprey_jax.models.llama import Cache, Llama, init_cache, unstack_layers
 from osprey_jax.typing import Array
 from tests.parity.bridge import Pair, assert_steps_agree
 
@@ -36,7 +36,8 @@ def decode(grouped: Pair) -> Decode:
 
     With `cache` and, for the decoder's `prefix`, `shared`.
     """
-    decoder, variables = Llama(grouped.config.decoder), {"params": grouped.params["decoder"]}
+    decoder = Llama(grouped.config.decoder, scan_layers=False)
+    variables = {"params": unstack_layers(dict(grouped.params["decoder"]))}
 
     @jax.jit
     def run(

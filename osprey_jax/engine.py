@@ -1,0 +1,243 @@
+"""Answers about many regions of many images, in batches that share what can be shared.
+
+Of each image the tower runs once and the prompts' common beginning is computed once; its regions go on in
+batches of rows behind it. Sizes of batches and buffers come from short lists, so few programs are compiled,
+and rows that are done leave the batch. What a row answers depends on no other row.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from osprey_jax.generate import Features, Prefix, Rows, Sampler, begin, decode, encode, prefill, resize
+from osprey_jax.masks import MaskPyramid
+from osprey_jax.models.osprey import Osprey
+from osprey_jax.typing import Float, Params
+
+MAX_ROWS = 128
+"""Regions that are answered at a time."""
+MAX_IMAGES = 8
+"""Images whose regions share a batch."""
+PREFIX_STEP, SUFFIX_STEP = 64, 8
+"""Prompts' beginnings and ends are padded to multiples of these."""
+_FIRST_ROOM, _ROOM_GROWTH = 16, 4
+"""Slots for generated tokens at first, and what they are multiplied by when they are full."""
+_FEW_ROWS = 8
+"""Batches don't shrink below this."""
+_STOP_STEPS = 8
+"""Tokens between two searches for stop strings."""
+
+
+class Prepared(NamedTuple):
+    """An image and its regions as the network takes them, on the host; `Osprey.prepare` makes it."""
+
+    pixels: Float[np.ndarray, "Y X 3"]
+    masks: MaskPyramid
+    """`(R, …)`."""
+
+    @property
+    def regions(self) -> int:
+        """How many there are."""
+        return len(self.masks.position)
+
+
+class Asked(NamedTuple):
+    """What is asked of one image's regions, as token ids with the image's places."""
+
+    prepared: Prepared
+    prefix: list[int]
+    """What all prompts begin with."""
+    rest: list[list[int]]
+    """What follows it for each region, at least one id; may be fewer than regions where `in_prefix`."""
+    in_prefix: bool = False
+    """Whether `prefix` names all regions and `rest` none; otherwise each of `rest` names its own."""
+
+
+class Rules(NamedTuple):
+    """How answers are decoded."""
+
+    sampler: Sampler
+    limit: int
+    """Tokens of an answer at most, its end token included."""
+    seed: int
+    """An answer depends on it and on its region's number."""
+    eos_id: int
+    pad_id: int
+    stop: Callable[[list[int]], int | None] | None = None
+    """Tells from an answer's ids how many of them are kept, or None where it goes on."""
+
+
+class Answer(NamedTuple):
+    """The tokens of one region's answer; the last is the end token unless it was cut off."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Natural logarithms of the model's probabilities, before temperature and top-p."""
+
+
+def row_bucket(count: int) -> int:
+    """The batch size, of those that programs are compiled for, which holds `count` rows."""
+    assert 0 < count <= MAX_ROWS, count
+    return 1 << (count - 1).bit_length() if count <= _FEW_ROWS else math.ceil(count / 8) * 8
+
+
+def groups(regions: Sequence[int]) -> Iterator[list[int]]:
+    """Which images go together, by their numbers of regions: powers of two of images of similar numbers."""
+    waiting = sorted(range(len(regions)), key=lambda number: (-regions[number], number))
+    while waiting:
+        largest = regions[waiting[0]]
+        together = [number for number in waiting if 2 * regions[number] > largest or largest <= _FEW_ROWS]
+        room = MAX_ROWS // row_bucket(min(largest, MAX_ROWS))
+        size = 1 << (min(len(together), room, MAX_IMAGES).bit_length() - 1)
+        yield together[:size]
+        waiting = [number for number in waiting if number not in together[:size]]
+
+
+def answer(model: Osprey, params: Params, asked: Sequence[Asked], how: Rules) -> list[list[Answer]]:
+    """Answers all that is asked of some images; batches are formed among these images alone."""
+    results: list[list[Answer]] = [[] for _ in asked]
+    for group in groups([len(one.rest) for one in asked]):
+        for part in _answer_group(model, params, [asked[number] for number in group], how):
+            for number, answers in zip(group, part, strict=True):
+                results[number] += answers
+    return results
+
+
+def stream(model: Osprey, params: Params, asked: Asked, how: Rules) -> Iterator[Answer]:
+    """Answers about one image, as soon as a batch of them is done."""
+    for [answers] in _answer_group(model, params, [asked], how):
+        yield from answers
+
+
+def _answer_group(
+    model: Osprey, params: Params, asked: Sequence[Asked], how: Rules
+) -> Iterator[list[list[Answer]]]:
+    """Answers in batches of regions: for each batch, those of every image."""
+    images = np.stack([one.prepared.pixels for one in asked])
+    features, image_tokens = encode(model, params, images)
+    ids, length = padded([one.prefix for one in asked], PREFIX_STEP, how.pad_id)
+    named = None
+    if asked[0].in_prefix:
+        count = 1 << (max(one.prepared.regions for one in asked) - 1).bit_length()
+        named = stacked([one.prepared.masks for one in asked], 0, count)
+    prefix = prefill(model, params, ids, length, image_tokens, features, named)
+    most = max(len(one.rest) for one in asked)
+    parts = math.ceil(most / MAX_ROWS)
+    each = math.ceil(most / parts)
+    for start in range(0, most, each):
+        yield _answer_batch(model, params, asked, how, features, prefix, start, each)
+
+
+def _answer_batch(
+    model: Osprey,
+    params: Params,
+    asked: Sequence[Asked],
+    how: Rules,
+    features: Features,
+    prefix: Prefix,
+    start: int,
+    count: int,
+) -> list[list[Answer]]:
+    """Answers about the `count` regions of each image from number `start` on."""
+    width, room = row_bucket(count), _FIRST_ROOM
+    rests = [one.rest[start : start + count] for one in asked]
+    filled = [ids for rest in rests for ids in [*rest, *[[how.pad_id]] * (width - len(rest))]]
+    ids, length = padded(filled, SUFFIX_STEP, how.pad_id)
+    numbers = np.tile(np.arange(start, start + width, dtype=np.uint32), len(asked))
+    places = max(_FIRST_ROOM, 1 << (how.limit - 1).bit_length())
+    # Which of an image's answers a row makes; -1 for none any more.
+    owner = np.stack([np.where(np.arange(width) < len(rest), np.arange(width), -1) for rest in rests])
+    given = {"sampler": how.sampler, "limit": np.int32(how.limit), "eos_id": np.int32(how.eos_id)}
+    rows = begin(
+        model,
+        params,
+        prefix,
+        ids,
+        length,
+        features,
+        stacked([one.prepared.masks for one in asked], start, width),
+        keys=_region_keys(jax.random.key(how.seed), numbers),
+        room=room,
+        places=places,
+        **given,
+    )
+    answers = [[Answer([], [])] * len(rest) for rest in rests]
+    while True:
+        rows = decode(
+            model,
+            params,
+            prefix,
+            rows,
+            wanted=(owner >= 0).reshape(-1),
+            enough=np.int32(_smaller(width)),
+            steps=np.int32(places if how.stop is None else _STOP_STEPS),
+            **given,
+        )
+        owner = _take_finished(rows, owner, how, answers)
+        left = (owner >= 0).sum(axis=1).max()
+        if left == 0:
+            return answers
+        narrower = width
+        while left <= _smaller(narrower):
+            narrower = _smaller(narrower)
+        full = int(rows.cache.end) == rows.cache.positions.shape[1]
+        roomier = min(room * _ROOM_GROWTH, places) if full else room
+        if (narrower, roomier) != (width, room):
+            # Rows that are under way come first, in their order.
+            order = np.argsort(owner < 0, axis=1, kind="stable")[:, :narrower]
+            owner = np.take_along_axis(owner, order, axis=1)
+            flat = (order + width * np.arange(len(asked))[:, None]).reshape(-1)
+            rows = resize(rows, flat.astype(np.int32), more_slots=roomier - room)
+            width, room = narrower, roomier
+
+
+def _take_finished(rows: Rows, owner: np.ndarray, how: Rules, answers: list[list[Answer]]) -> np.ndarray:
+    """Puts the answers that are done among `answers`; their rows have no owner any more."""
+    fetched = jax.device_get((rows.running, rows.length, rows.token_ids, rows.logprobs))
+    running, length, token_ids, logprobs = (x.reshape(*owner.shape, *x.shape[1:]) for x in fetched)
+    owner = owner.copy()
+    for image, row in np.argwhere(owner >= 0):
+        done = not running[image, row]
+        if not done and how.stop is None:
+            continue
+        size = int(length[image, row])
+        ids = token_ids[image, row, :size].tolist()
+        kept = None if how.stop is None else how.stop(ids)
+        if done or kept is not None:
+            probabilities = logprobs[image, row, :size].tolist()
+            answers[image][owner[image, row]] = Answer(ids[:kept], probabilities[:kept])
+            owner[image, row] = -1
+    return owner
+
+
+def _smaller(width: int) -> int:
+    """The batch size that a batch of `width` rows shrinks to next; 0 where it doesn't."""
+    return 1 << ((width - 1).bit_length() - 1) if width > _FEW_ROWS else 0
+
+
+def padded(rows: Sequence[list[int]], step: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids as `(B, T)` int32, `T` the next multiple of `step`, and their true lengths, `(B,)` int32."""
+    lengths = np.array([len(ids) for ids in rows], np.int32)
+    ids = np.full((len(rows), math.ceil(lengths.max() / step) * step), pad_id, np.int32)
+    for row, given in zip(ids, rows, strict=True):
+        row[: len(given)] = given
+    return ids, lengths
+
+
+def stacked(masks: Sequence[MaskPyramid], start: int, count: int) -> MaskPyramid:
+    """`count` regions of each image from number `start` on, `(P, count, …)`; empty ones at the end."""
+
+    def part(*images: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(images), count, *images[0].shape[1:]), images[0].dtype)
+        for target, given in zip(out, images, strict=True):
+            some = given[start : start + count]
+            target[: len(some)] = some
+        return out
+
+    return jax.tree.map(part, *masks)
+
+
+_region_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
