@@ -67,12 +67,14 @@ setup(
     # Naming the root makes an editable install follow packages that are added later.
     package_dir={"": "."},
     packages=find_packages(include=["osprey_jax*", "data_pipelines*", "configs*"]),
+    package_data={"osprey_jax.label": ["gallery.html"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
             "osprey-convert = osprey_jax.convert:main",
             "osprey-describe = osprey_jax.describe:main",
+            "osprey-label = osprey_jax.label.command:main",
         ]
     },
 )

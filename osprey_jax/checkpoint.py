@@ -3,19 +3,16 @@
 A checkpoint is a directory of `config.json` (`OspreyConfig`), `params/` (Orbax) and `tokenizer.model` or
 `tokenizer.json`; one that a training saves on its way has the rest of the training's state beside that. It
 is complete or it isn't there: everything is written to a sibling directory first, which takes the final name
-at the end. No other module knows Orbax.
+at the end. A quantised one says so in `config.json`, under `quantization`. No other module knows Orbax.
 """
 
 import contextlib
 import dataclasses
 import json
-import os
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +21,9 @@ import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from osprey_jax import quantize
 from osprey_jax.config import OspreyConfig, from_config
-from osprey_jax.directories import as_path, new_directory, remove, synchronise
+from osprey_jax.directories import as_path, new_directory
 from osprey_jax.prompt import Tokenizer
 from osprey_jax.typing import Params
 
@@ -35,13 +33,28 @@ _STACKS = ("layers", "blocks")
 """Names in the paths of leaves whose first axis is that of scanned layers."""
 
 
-def save_params(directory: Path | str, params: Params, config: OspreyConfig, tokenizer: Tokenizer) -> None:
-    """Writes a checkpoint with every leaf in its own dtype. Raises ValueError where `directory` exists."""
-    save_parts(directory, [params], config, tokenizer)
+def save_params(
+    directory: Path | str,
+    params: Params,
+    config: OspreyConfig,
+    tokenizer: Tokenizer,
+    *,
+    quantization: str | None = None,
+) -> None:
+    """Writes a checkpoint with every leaf in its own dtype. Raises ValueError where `directory` exists.
+
+    `quantization` names the scheme (`quantize.SCHEMES`) of quantised parameters.
+    """
+    save_parts(directory, [params], config, tokenizer, quantization=quantization)
 
 
 def save_parts(
-    directory: Path | str, parts: Iterable[Params], config: OspreyConfig, tokenizer: Tokenizer
+    directory: Path | str,
+    parts: Iterable[Params],
+    config: OspreyConfig,
+    tokenizer: Tokenizer,
+    *,
+    quantization: str | None = None,
 ) -> None:
     """`save_params` of a tree that arrives in parts, so that no more than one part is in memory at a time.
 
@@ -49,8 +62,12 @@ def save_parts(
     """
     with new_directory(directory) as partial:
         if jax.process_index() == 0:
-            _describe(partial, config, tokenizer)
+            write_description(partial, config, tokenizer, quantization)
         context = _saving()
+        # What is stored of a 4-bit integer is a byte, half of which compression takes back.
+        context.array.saving.use_compression = (
+            quantization is not None and quantize.scheme(quantization).dtype == jnp.int4
+        )
         # The call blocks until all is written: a copy that guards asynchronous saves would only cost memory.
         context.memory.deepcopy_host_arrays = False
         with context:
@@ -63,6 +80,26 @@ def save_parts(
 
 def load_config(directory: Path | str) -> OspreyConfig:
     """Reads a checkpoint's configuration; a ValueError says what makes `directory` no checkpoint of ours."""
+    return _load_config(directory)[0]
+
+
+def load_quantization(directory: Path | str, wanted: str | None = None) -> str | None:
+    """The scheme that a checkpoint is computed with: `wanted`, or else the one that it was saved with.
+
+    Raises ValueError for an unknown scheme, and where saved integers are not those of the scheme.
+    """
+    saved = _load_config(directory)[1]
+    if wanted is None or saved is None:
+        return saved if wanted is None else quantize.checked(wanted)
+    if quantize.scheme(wanted).weights != quantize.scheme(saved).weights:
+        raise ValueError(
+            f"{directory} holds weights quantised as {saved!r}, which can't be computed with as {wanted!r}; "
+            "quantise the original checkpoint"
+        )
+    return wanted
+
+
+def _load_config(directory: Path | str) -> tuple[OspreyConfig, str | None]:
     directory = cast(Path, epath.Path(directory))
     path = directory / "config.json"
     if not directory.is_dir():
@@ -81,7 +118,8 @@ def load_config(directory: Path | str) -> OspreyConfig:
     if not isinstance(values, dict) or not (directory / "params").is_dir():
         raise ValueError(f"{directory} is not an osprey-jax checkpoint: it has no params/")
     try:
-        return from_config(values)
+        quantization = values.pop("quantization", None)
+        return from_config(values), None if quantization is None else quantize.checked(quantization)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -89,15 +127,15 @@ def load_config(directory: Path | str) -> OspreyConfig:
 def saved_shapes(directory: Path | str) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct` that a checkpoint holds, from its metadata alone."""
     load_config(directory)
-    with _damage_named(directory):
-        _check_index(as_path(directory) / "params")
+    with damage_named(directory):
+        check_index(as_path(directory) / "params")
         metadata = ocp.metadata(as_path(directory) / "params").metadata
         if metadata is None:
             raise ValueError("params/state/_METADATA doesn't tell its arrays")
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)), metadata)
 
 
-def _check_index(tree: Path) -> None:
+def check_index(tree: Path) -> None:
     """Raises ValueError or OSError where the files that say which arrays there are can't be read.
 
     Orbax would log some of it and go on, and print a traceback for every array that it opens.
@@ -113,33 +151,68 @@ def _check_index(tree: Path) -> None:
     tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{url}/"}).result().list().result()
 
 
-def load_params(directory: Path | str, abstract_params: Params) -> dict[str, Any]:
+def load_params(
+    directory: Path | str, abstract_params: Params, *, unquantized: Params | None = None
+) -> dict[str, Any]:
     """Restores parameters into the shapes, dtypes and shardings of a tree of `jax.ShapeDtypeStruct`.
 
-    A leaf is cast while it's read; a struct without a sharding is restored to the first local device. Raises
-    a ValueError that lists the leaves that are only wanted (-), only saved (+) or of another shape (!), or
-    that names a damaged checkpoint.
+    A leaf is cast while it's read; a struct without a sharding is restored to the first local device.
+
+    Args:
+      directory: the checkpoint.
+      abstract_params: what is wanted.
+      unquantized: where quantised parameters are wanted, the tree that a checkpoint of the original has. If
+        it is one, its kernels are quantised, one at a time, as they are read.
+
+    Raises a ValueError that lists the leaves that are only wanted (-), only saved (+) or of another shape or
+    kind (!), or that names a damaged checkpoint.
     """
-    wanted, saved = flatten(abstract_params), flatten(saved_shapes(directory))
+    saved = flatten(saved_shapes(directory))
+    if unquantized is None or any(path.endswith(f"/{quantize.SCALE}") for path in saved):
+        wanted = flatten(abstract_params)
+        _check_leaves(directory, wanted, saved)
+        placed = flatten(_placed(unflatten(wanted)))
+        with damage_named(directory):
+            return unflatten({path: _load_leaf(directory, path, target) for path, target in placed.items()})
+    originals, targets = (flatten(_placed(tree)) for tree in (unquantized, abstract_params))
+    _check_leaves(directory, originals, saved)
+    params: dict[str, Any] = {}
+    with damage_named(directory):
+        for path, original in originals.items():
+            if (scale := quantize.scale_path(path)) not in targets:
+                params[path] = _load_leaf(directory, path, targets[path])
+                continue
+            exact = jax.ShapeDtypeStruct(original.shape, saved[path].dtype, sharding=original.sharding)
+            kernel = _load_leaf(directory, path, exact)
+            params[path], params[scale] = quantize.quantize_leaf(kernel, targets[path], targets[scale])
+            del kernel
+    return unflatten(params)
+
+
+def _check_leaves(directory: Path | str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     faults = [f"- {path}" for path in sorted(wanted.keys() - saved.keys())]
     faults += [f"+ {path}" for path in sorted(saved.keys() - wanted.keys())]
     for path in sorted(wanted.keys() & saved.keys()):
         if wanted[path].shape != saved[path].shape:
             faults.append(f"! {path}: saved {saved[path].shape}, wanted {wanted[path].shape}")
+        elif _kind(wanted[path].dtype) != _kind(saved[path].dtype):
+            faults.append(f"! {path}: saved {saved[path].dtype}, wanted {wanted[path].dtype}")
     if faults:
         raise ValueError(
             f"parameters in {directory} don't fit the model; only wanted (-), only saved (+), "
-            "of another shape (!):\n" + "\n".join(faults)
+            "of another shape or kind (!):\n" + "\n".join(faults)
         )
-    placed = flatten(_placed(unflatten(wanted)))
-    with _damage_named(directory):
-        return unflatten({path: _load_leaf(directory, path, target) for path, target in placed.items()})
+
+
+def _kind(dtype: np.dtype) -> str:
+    """One for all floats, which are cast into each other; integers are only themselves."""
+    return "float" if jnp.issubdtype(dtype, jnp.floating) else dtype.name
 
 
 def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the leaves one by one, in their saved dtypes, to host memory: pairs of path and array."""
     for path, struct in flatten(saved_shapes(directory)).items():
-        with _damage_named(directory):
+        with damage_named(directory):
             leaf = _load_leaf(directory, path, _HostArray(struct.shape, struct.dtype))
         yield path, leaf
         del leaf
@@ -160,151 +233,19 @@ def _load_leaf(directory: Path | str, path: str, target: Any) -> Any:
         raise ValueError(f"{path}: {first_line(error.__cause__ or error)}") from error
 
 
-def saved_steps(directory: Path) -> list[int]:
-    """The steps there are complete checkpoints of in a run's directory of them, in order."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+def save_trees(directory: Path, trees: Mapping[str, Params]) -> list[Any]:
+    """Begins to write trees, each into a directory of its name; what is returned has a blocking `result()`.
 
-
-class Restored(NamedTuple):
-    """What a training goes on from."""
-
-    step: int
-    arrays: dict[str, Any]
-    """Trees of arrays by name, as they were given to `save`."""
-    loader_state: bytes
-
-
-class TrainingCheckpoints:
-    """The checkpoints of a run: a directory named by its step for each, the newest ones kept.
-
-    Each is a checkpoint like any other, for `load_params` or the converter, and has beside `params/` the
-    trees of arrays that a training needs (Orbax), every process's `loader/<process>`, and
-    `manifest.json`, written last, with a checksum of every leaf and file. A directory whose save was cut off
-    has another name.
+    Leaves may be donated as soon as this returns.
     """
+    with _saving():
+        return [ocp.save_async(directory / name, tree) for name, tree in trees.items()]
 
-    def __init__(
-        self, directory: os.PathLike | str, *, keep: int, config: OspreyConfig, tokenizer: Tokenizer
-    ):
-        """`directory` need not exist; `keep` is how many checkpoints stay; the rest goes into each."""
-        self.directory, self._keep = as_path(directory), keep
-        self._config, self._tokenizer = config, tokenizer
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
 
-    def steps(self) -> list[int]:
-        """The steps there are complete checkpoints of, in order."""
-        return saved_steps(self.directory)
-
-    def save(self, step: int, arrays: Mapping[str, Params], loader_state: bytes) -> None:
-        """Begins to save; arrays may be donated as soon as this returns.
-
-        Args:
-          step: names the directory, which must not exist.
-          arrays: `params`, and other trees by name.
-          loader_state: this process's own.
-
-        A save that is still being written is waited for; what `wait` raises, this raises as well.
-        """
-        self.wait()
-        partial = self.directory / f".{step}.incomplete"
-        if jax.process_index() == 0:
-            remove(partial)
-            (partial / "loader").mkdir(parents=True)
-        synchronise(f"made {partial}")
-        (partial / "loader" / str(jax.process_index())).write_bytes(loader_state)
-        sums = _checksums(arrays)
-        with _saving():
-            responses = [ocp.save_async(partial / name, tree) for name, tree in arrays.items()]
-
-        def commit() -> None:
-            try:
-                # Each ends with a barrier of all processes, so afterwards everything of everyone is there.
-                for response in responses:
-                    response.result()
-                if jax.process_index() == 0:
-                    _describe(partial, self._config, self._tokenizer)
-                    _write_manifest(partial, sums)
-                    partial.rename(self.directory / str(step))
-                    for old in self.steps()[: -self._keep]:
-                        hidden = (self.directory / str(old)).rename(self.directory / f".{old}.incomplete")
-                        remove(hidden)
-            except Exception as error:
-                with contextlib.suppress(OSError):
-                    remove(partial)
-                raise OSError(f"cannot write {self.directory / str(step)}: {first_line(error)}") from error
-
-        self._pending = self._thread.submit(commit)
-
-    def wait(self) -> None:
-        """Returns when nothing is being written any more. Raises OSError where the last save failed."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """Returns when nothing is being written any more, whether it failed or not."""
-        with contextlib.suppress(OSError):
-            self.wait()
-
-    def restore(self, step: int, targets: Mapping[str, Params]) -> Restored:
-        """Reads a checkpoint into trees of `jax.ShapeDtypeStruct` with shardings, and checks every checksum.
-
-        Raises ValueError that names the directory and what is wrong with it.
-        """
-        directory = self.directory / str(step)
-        with _damage_named(directory):
-            manifest = json.loads((directory / "manifest.json").read_text())
-            for name, crc in manifest["files"].items():
-                if zlib.crc32((directory / name).read_bytes()) != crc:
-                    raise ValueError(f"{name} has changed since it was written")
-            loader_state = (directory / "loader" / str(jax.process_index())).read_bytes()
-            for name in targets:
-                _check_index(directory / name)
-            arrays = {name: ocp.load(directory / name, _placed(tree)) for name, tree in targets.items()}
-            found, expected = _flat_checksums(_checksums(arrays)), manifest["arrays"]
-            if changed := sorted(path for path in expected if found.get(path) != expected[path]):
-                raise ValueError(f"{', '.join(changed[:3])} differ from what was written")
-        return Restored(step, arrays, loader_state)
-
-    def restore_newest(
-        self, targets: Mapping[str, Params], *, report: Callable[[str], None]
-    ) -> Restored | None:
-        """`restore` of the newest checkpoint that is whole, or None where there is none at all.
-
-        Newer, damaged ones get the name `<step>.damaged`, so that the run can write these steps anew;
-        `report` is told. Raises ValueError where all are damaged, and then moves none.
-        """
-        faults: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            try:
-                restored = self.restore(step, targets)
-            except ValueError as error:
-                faults[step] = str(error)
-                continue
-            for damaged, fault in faults.items():
-                if jax.process_index() == 0:
-                    aside = self.directory / f"{damaged}.damaged"
-                    remove(aside)
-                    (self.directory / str(damaged)).rename(aside)
-                report(f"warning: {fault}; it is now called {damaged}.damaged, going on from step {step}")
-            synchronise(f"restored {step}")
-            return restored
-        if faults:
-            raise ValueError(
-                f"none of the checkpoints in {self.directory} can be restored; move them away to begin anew. "
-                + "; ".join(faults.values())
-            )
-        return None
-
-    def clean_up(self) -> None:
-        """Removes what saves that were cut off have left behind."""
-        if jax.process_index() == 0 and self.directory.is_dir():
-            for path in self.directory.iterdir():
-                if path.name.startswith(".") and path.name.endswith(".incomplete"):
-                    remove(path)
+def load_tree(directory: Path, target: Params) -> Params:
+    """Reads a tree into `jax.ShapeDtypeStruct` leaves, those without a sharding to the first local device."""
+    check_index(directory)
+    return ocp.load(directory, _placed(target))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -335,37 +276,16 @@ class _HostArray:
     dtype: np.dtype
 
 
-def _describe(directory: Path, config: OspreyConfig, tokenizer: Tokenizer) -> None:
+def write_description(
+    directory: Path, config: OspreyConfig, tokenizer: Tokenizer, quantization: str | None = None
+) -> None:
     """Writes what a checkpoint has beside arrays."""
-    (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    values = config.to_dict() | ({} if quantization is None else {"quantization": quantization})
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     with tempfile.TemporaryDirectory() as local:  # a tokenizer knows no buckets
         tokenizer.save(local)
         for file in Path(local).iterdir():
             (directory / file.name).write_bytes(file.read_bytes())
-
-
-def _write_manifest(directory: Path, sums: Mapping[str, Any]) -> None:
-    names = [path.name for path in directory.iterdir() if path.is_file()]
-    names += [f"loader/{path.name}" for path in (directory / "loader").iterdir()]
-    files = {name: zlib.crc32((directory / name).read_bytes()) for name in sorted(names)}
-    manifest = {"files": files, "arrays": _flat_checksums(sums)}
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-@jax.jit
-def _checksums(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Sum of each leaf's bits as unsigned words: the same however it's split over devices, and fast."""
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize])
-        return jnp.sum(bits.astype(jnp.uint32))
-
-    return jax.tree.map(checksum, tree)
-
-
-def _flat_checksums(sums: Mapping[str, Any]) -> dict[str, int]:
-    return {path: int(value) for path, value in flatten(sums).items()}
 
 
 def _placed(tree: Params) -> Params:
@@ -408,7 +328,7 @@ def _save_part(directory: Path, part: Params) -> None:
 
 
 @contextlib.contextmanager
-def _damage_named(directory: Path | str) -> Iterator[None]:
+def damage_named(directory: Path | str) -> Iterator[None]:
     """Turns whatever Orbax raises on damaged files, which is of many types, into one ValueError."""
     try:
         yield

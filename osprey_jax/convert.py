@@ -1,6 +1,7 @@
 """Converts checkpoints between the PyTorch release's layout and ours, in both directions.
 
     python convert_torch_ckpt.py SRC DST               a release directory, or a Hub id, to a checkpoint
+    python convert_torch_ckpt.py SRC DST --quantize int8                         to one in low precision
     python convert_torch_ckpt.py --decoder VICUNA --vision-tower open_clip.bin [--projector P.bin] DST
     python convert_torch_ckpt.py --to-torch SRC DST    a checkpoint to a release directory
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from osprey_jax import checkpoint, convert_rules, torch_files
+from osprey_jax import checkpoint, convert_rules, quantize, torch_files
 from osprey_jax.config import ExtractorConfig
 from osprey_jax.convert_rules import PROJECTOR, TOWER, Slot
 from osprey_jax.directories import new_directory
@@ -37,17 +38,21 @@ SHARD_BYTES = 2 << 30
 
 def convert(
     source: Path | str, destination: Path | str, *, vision_tower: Path | str | None = None,
-    projector: Path | str | None = None, plain_decoder: bool = False, dtype: str | None = None, seed: int = 0,
+    projector: Path | str | None = None, plain_decoder: bool = False, dtype: str | None = None,
+    quantization: str | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
     """Writes the checkpoint `destination` from a directory (or Hub id) of config, weights and tokenizer.
 
     `vision_tower` is open_clip's file, `projector` a file of `model.mm_projector.*`, for tensors that
     `source` lacks. With `plain_decoder` the source is a Llama checkpoint: the extractor, and the projector
     unless given, are drawn from `seed`, in float32. `dtype` is one of `DTYPES`; by default each leaf keeps
-    its tensors' dtype, or float32 where its layers differ. Raises ValueError, and leaves nothing behind,
+    its tensors' dtype, or float32 where its layers differ. `quantization` is the scheme (`quantize.SCHEMES`)
+    of the decoder's matrices. Raises ValueError, and leaves nothing behind,
     where anything is missing, unknown, twice there, damaged or of another shape.
     """
     _refuse_existing(destination)
+    if quantization is not None:
+        quantize.scheme(quantization)
     directory = _local(source)
     fields = _read_fields(directory)
     tokenizer = Tokenizer.load(directory)
@@ -78,7 +83,10 @@ def convert(
         raise ValueError(f"only {', '.join(DTYPES)} tensors are supported, got {', '.join(unsupported)}")
 
     leaves = _leaves(shapes, slots, entries, dtype=np.dtype(dtype) if dtype else None, seed=seed)
-    checkpoint.save_parts(destination, _parts(leaves), config, tokenizer)
+    if quantization is not None:
+        structs = checkpoint.flatten(abstract_params(config, quantization=quantization))
+        leaves = quantize.quantized_leaves(leaves, structs)
+    checkpoint.save_parts(destination, _parts(leaves), config, tokenizer, quantization=quantization)
 
 
 def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -89,6 +97,8 @@ def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = 
     """
     _refuse_existing(destination)
     config = checkpoint.load_config(source)
+    if quantization := checkpoint.load_quantization(source):
+        raise ValueError(f"{source} is quantised ({quantization}); convert the checkpoint it was made from")
     tokenizer = Tokenizer.load(source)
     structs = checkpoint.flatten(checkpoint.saved_shapes(source))
     expected = checkpoint.flatten(abstract_params(config, jnp.float32))
@@ -239,9 +249,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="dtype of all parameters; default: each keeps its own"
     )
+    parser.add_argument(
+        "--quantize", choices=tuple(quantize.SCHEMES), help="low precision of the decoder's matrices"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what --decoder has to initialise")
     args = parser.parse_intermixed_args(argv)
-    if args.to_torch and (args.vision_tower or args.decoder or args.projector or args.dtype):
+    if args.to_torch and (args.vision_tower or args.decoder or args.projector or args.dtype or args.quantize):
         parser.error("--to-torch takes SRC and DST only")
     if args.decoder:
         args.paths.insert(0, args.decoder)
@@ -264,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             convert(
                 source, destination, vision_tower=args.vision_tower, projector=args.projector,
-                plain_decoder=bool(args.decoder), dtype=args.dtype, seed=args.seed,
+                plain_decoder=bool(args.decoder), dtype=args.dtype,
+                quantization=args.quantize, seed=args.seed,
             )  # fmt: skip
     except ModuleNotFoundError as error:
         print(f"error: {error}; PyTorch's files need pip install 'osprey-jax[convert]'", file=sys.stderr)

@@ -5,20 +5,29 @@ batches of rows behind it. Sizes of batches and buffers come from short lists, s
 and rows that are done leave the batch. What a row answers depends on no other row.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from osprey_jax.generate import Features, Prefix, Rows, Sampler, begin, decode, encode, prefill, resize
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey
+from osprey_jax.sharding import use_mesh
 from osprey_jax.typing import Float, Params
+
+T = TypeVar("T")
 
 MAX_ROWS = 128
 """Regions that are answered at a time."""
+WINDOW_IMAGES, WINDOW_REGIONS = 16, 512
+"""So many images of a stream are answered together, or fewer if they have so many regions."""
 MAX_IMAGES = 8
 """Images whose regions share a batch."""
 PREFIX_STEP, SUFFIX_STEP = 64, 8
@@ -29,6 +38,19 @@ _FEW_ROWS = 8
 """Batches don't shrink below this."""
 _STOP_STEPS = 8
 """Tokens between two searches for stop strings."""
+
+
+class Network(NamedTuple):
+    """A model with its parameters, and the mesh that these lie on."""
+
+    model: Osprey
+    params: Params
+    mesh: Mesh | None = None
+
+    def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What a function of `generate` makes of this model."""
+        with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
+            return function(self.model, self.params, *args, **kwargs)
 
 
 class Prepared(NamedTuple):
@@ -81,7 +103,10 @@ class Answer(NamedTuple):
 def row_bucket(count: int) -> int:
     """The batch size, of those that programs are compiled for, which holds `count` rows."""
     assert 0 < count <= MAX_ROWS, count
-    return 1 << (count - 1).bit_length() if count <= _FEW_ROWS else math.ceil(count / 8) * 8
+    if count <= _FEW_ROWS:
+        return 1 << (count - 1).bit_length()
+    step = 4 if count <= 2 * _FEW_ROWS else 8
+    return math.ceil(count / step) * step
 
 
 def groups(regions: Sequence[int]) -> Iterator[list[int]]:
@@ -96,44 +121,41 @@ def groups(regions: Sequence[int]) -> Iterator[list[int]]:
         waiting = [number for number in waiting if number not in together[:size]]
 
 
-def answer(model: Osprey, params: Params, asked: Sequence[Asked], how: Rules) -> list[list[Answer]]:
+def answer(network: Network, asked: Sequence[Asked], how: Rules) -> list[list[Answer]]:
     """Answers all that is asked of some images; batches are formed among these images alone."""
     results: list[list[Answer]] = [[] for _ in asked]
     for group in groups([len(one.rest) for one in asked]):
-        for part in _answer_group(model, params, [asked[number] for number in group], how):
+        for part in _answer_group(network, [asked[number] for number in group], how):
             for number, answers in zip(group, part, strict=True):
                 results[number] += answers
     return results
 
 
-def stream(model: Osprey, params: Params, asked: Asked, how: Rules) -> Iterator[Answer]:
+def stream(network: Network, asked: Asked, how: Rules) -> Iterator[Answer]:
     """Answers about one image, as soon as a batch of them is done."""
-    for [answers] in _answer_group(model, params, [asked], how):
+    for [answers] in _answer_group(network, [asked], how):
         yield from answers
 
 
-def _answer_group(
-    model: Osprey, params: Params, asked: Sequence[Asked], how: Rules
-) -> Iterator[list[list[Answer]]]:
+def _answer_group(network: Network, asked: Sequence[Asked], how: Rules) -> Iterator[list[list[Answer]]]:
     """Answers in batches of regions: for each batch, those of every image."""
     images = np.stack([one.prepared.pixels for one in asked])
-    features, image_tokens = encode(model, params, images)
+    features, image_tokens = network.run(encode, images)
     ids, length = padded([one.prefix for one in asked], PREFIX_STEP, how.pad_id)
     named = None
     if asked[0].in_prefix:
         count = 1 << (max(one.prepared.regions for one in asked) - 1).bit_length()
         named = stacked([one.prepared.masks for one in asked], 0, count)
-    prefix = prefill(model, params, ids, length, image_tokens, features, named)
+    prefix = network.run(prefill, ids, length, image_tokens, features, named)
     most = max(len(one.rest) for one in asked)
     parts = math.ceil(most / MAX_ROWS)
     each = math.ceil(most / parts)
     for start in range(0, most, each):
-        yield _answer_batch(model, params, asked, how, features, prefix, start, each)
+        yield _answer_batch(network, asked, how, features, prefix, start, each)
 
 
 def _answer_batch(
-    model: Osprey,
-    params: Params,
+    network: Network,
     asked: Sequence[Asked],
     how: Rules,
     features: Features,
@@ -151,9 +173,8 @@ def _answer_batch(
     # Which of an image's answers a row makes; -1 for none any more.
     owner = np.stack([np.where(np.arange(width) < len(rest), np.arange(width), -1) for rest in rests])
     given = {"sampler": how.sampler, "limit": np.int32(how.limit), "eos_id": np.int32(how.eos_id)}
-    rows = begin(
-        model,
-        params,
+    rows = network.run(
+        begin,
         prefix,
         ids,
         length,
@@ -166,9 +187,8 @@ def _answer_batch(
     )
     answers = [[Answer([], [])] * len(rest) for rest in rests]
     while True:
-        rows = decode(
-            model,
-            params,
+        rows = network.run(
+            decode,
             prefix,
             rows,
             wanted=(owner >= 0).reshape(-1),
@@ -241,3 +261,34 @@ def stacked(masks: Sequence[MaskPyramid], start: int, count: int) -> MaskPyramid
 
 
 _region_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+
+
+def windows(prepared: Iterable[Prepared]) -> Iterator[list[Prepared]]:
+    """Images that are answered together; one that can't be prepared raises when those before it are done."""
+    window: list[Prepared] = []
+    try:
+        for one in _ahead(prepared, WINDOW_IMAGES):
+            window.append(one)
+            regions = sum(each.regions for each in window)
+            if len(window) == WINDOW_IMAGES or regions >= WINDOW_REGIONS:
+                yield window
+                window = []
+    except (ValueError, OSError):
+        if window:
+            yield window
+        raise
+    if window:
+        yield window
+
+
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items, of which a thread makes up to `count` before they are asked for."""
+    iterator = iter(items)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
+    try:
+        waiting = deque(pool.submit(next, iterator, None) for _ in range(count))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, iterator, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,23 +1,23 @@
 """`Osprey`: an image, region masks and a question in; words about each region out."""
 
 import itertools
-from collections import deque
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from osprey_jax import checkpoint, engine
 from osprey_jax.config import OspreyConfig
 from osprey_jax.engine import Asked, Prepared
 from osprey_jax.image import ImageLike, load_image, preprocess
 from osprey_jax.masks import MaskPyramid, as_masks, mask_pyramid
-from osprey_jax.models import osprey as network
+from osprey_jax.models import osprey as architecture
 from osprey_jax.models.llama import unstack_layers
 from osprey_jax.prompt import (
     IMAGE_TOKEN,
@@ -25,22 +25,30 @@ from osprey_jax.prompt import (
     MASK_TOKEN,
     OVERVIEW,
     POSITION_TOKEN,
+    PROTOCOLS,
     SYSTEM_INFERENCE,
     Tokenizer,
     conversation,
     region_list,
     tokenize,
 )
-from osprey_jax.request import CHAT_TOKENS, Decoding, Level, Request, decoding, request, said
+from osprey_jax.recognize import Recognition, recognize
+from osprey_jax.request import (
+    CHAT_TOKENS,
+    Decoding,
+    Level,
+    Request,
+    checked_question,
+    decoding,
+    request,
+    said,
+)
+from osprey_jax.sharding import param_shardings
 from osprey_jax.typing import Array, ArrayLike, Float, Params
+from osprey_jax.vocabulary import Vocabulary
 
 Masks = ArrayLike | Iterable[ArrayLike]
 """`(R, h, w)`: an array or an iterable of `(h, w)` arrays, bool, 0/1 or 0/255, at the image's own size."""
-
-WINDOW_IMAGES, WINDOW_REGIONS = 16, 512
-"""So many images are answered together by `describe_many`, or fewer if they have so many regions."""
-
-T = TypeVar("T")
 
 
 class Generation(NamedTuple):
@@ -61,8 +69,21 @@ class Osprey:
     they depend on `seed` and the region's number alone.
     """
 
-    def __init__(self, config: OspreyConfig, params: Params, tokenizer: Tokenizer, *, dtype: str = "float32"):
-        """`params` as `models.osprey.init_params` makes them; `dtype` is what is computed in."""
+    def __init__(
+        self,
+        config: OspreyConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        *,
+        dtype: str = "float32",
+        quantization: str | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """`params` as `models.osprey.init_params` makes them; `dtype` is what is computed in.
+
+        `quantization` names the scheme of quantised `params` (`quantize.SCHEMES`). With a `mesh`
+        (`sharding.make_mesh`) parameters and work are split over its devices.
+        """
         ids = (tokenizer.mask_id, tokenizer.position_id)
         if ids != (config.mask_token_id, config.position_token_id):
             raise ValueError(
@@ -72,17 +93,32 @@ class Osprey:
         decoder = dict(params["decoder"])
         if "layers" in decoder:
             params = {**params, "decoder": unstack_layers(decoder)}
-        self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.model = network.Osprey(config, jnp.dtype(dtype), scan_layers=False)
+        if mesh is not None:
+            boxed = architecture.boxed_params(config, scan_layers=False, quantization=quantization)
+            params = jax.device_put(params, param_shardings(boxed, mesh))
+        self.config, self.tokenizer = config, tokenizer
+        model = architecture.Osprey(config, jnp.dtype(dtype), scan_layers=False, quantization=quantization)
+        self.network = engine.Network(model, params, mesh)
 
     @classmethod
-    def load(cls, directory: Path | str, dtype: str | None = None) -> "Osprey":
+    def load(
+        cls,
+        directory: Path | str,
+        dtype: str | None = None,
+        *,
+        quantize: str | None = None,
+        mesh: Mesh | None = None,
+    ) -> "Osprey":
         """Loads a checkpoint made by `convert_torch_ckpt.py` or by training.
 
         Args:
           directory: the checkpoint.
           dtype: "float32" or "bfloat16", of parameters and arithmetic; the extractor is float32 in both. By
             default bfloat16 on accelerators and float32 on CPU.
+          quantize: low precision of the decoder's matrices: "int8" (weights), "int8_dynamic" (weights and
+            activations) or "int4" (weights, in groups); they are quantised while they are read. A quantised
+            checkpoint needs no such choice.
+          mesh: devices to split parameters and work over (`sharding.make_mesh`); each reads its own part.
         """
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -90,11 +126,17 @@ class Osprey:
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
         config = checkpoint.load_config(directory)
         tokenizer = Tokenizer.load(directory)
-        shapes = network.abstract_params(config, dtype)
-        shapes = {**shapes, "extractor": network.abstract_params(config, "float32")["extractor"]}
-        params = checkpoint.load_params(directory, shapes)
+        quantization = checkpoint.load_quantization(directory, quantize)
+        wanted, originals = (_shapes(config, dtype, name, mesh) for name in (quantization, None))
+        unquantized = None if quantization is None else originals
+        params = checkpoint.load_params(directory, wanted, unquantized=unquantized)
         params["decoder"] = unstack_layers(params["decoder"])
-        return cls(config, params, tokenizer, dtype=dtype)
+        return cls(config, params, tokenizer, dtype=dtype, quantization=quantization, mesh=mesh)
+
+    @property
+    def params(self) -> Params:
+        """The parameters, each layer of the decoder apart."""
+        return self.network.params
 
     def prepare(self, image: ImageLike, masks: Masks) -> Prepared:
         """An image and its regions as the network takes them: NumPy alone, fit for threads."""
@@ -162,7 +204,7 @@ class Osprey:
     ) -> Iterator[list[str]]:
         """`describe` of many images with their masks: yields one list for each, in their order.
 
-        Regions of several images are answered together, up to `WINDOW_IMAGES` at a time, while a thread takes
+        Regions of several images are answered together, up to `engine.WINDOW_IMAGES` at a time, while a thread takes
         the next ones from `items`. What is wrong with an image is raised when those before it have been
         yielded; the message has its number, from 0.
         """
@@ -177,7 +219,7 @@ class Osprey:
         )
 
         def many() -> Iterator[list[str]]:
-            for window in _windows(self._numbered(items)):
+            for window in engine.windows(self._numbered(items)):
                 for generations in self.answer(window, asked):
                     yield [asked.keep(generation.text) for generation in generations]
 
@@ -194,7 +236,7 @@ class Osprey:
         """Answers about the regions of some images at once; batches are formed among these images alone."""
         rules, stop = self._rules(asked.decoding), asked.decoding.stop
         jobs = [self._asked(one, asked.prompts) for one in prepared]
-        answers = engine.answer(self.model, self.params, jobs, rules)
+        answers = engine.answer(self.network, jobs, rules)
         return [[self._generation(one, stop) for one in regions] for regions in answers]
 
     def generate(
@@ -220,8 +262,29 @@ class Osprey:
 
     def _generate(self, prepared: Prepared, asked: Request) -> Iterator[Generation]:
         job, rules = self._asked(prepared, asked.prompts), self._rules(asked.decoding)
-        for one in engine.stream(self.model, self.params, job, rules):
+        for one in engine.stream(self.network, job, rules):
             yield self._generation(one, asked.decoding.stop)
+
+    def classify(
+        self,
+        image: ImageLike,
+        masks: Masks,
+        labels: Sequence[str] | Vocabulary,
+        *,
+        question: str | None = None,
+        threshold: float = 0.0,
+        min_logprob: float = -math.inf,
+    ) -> list[Recognition]:
+        """Chooses one of `labels` for each region; a `Vocabulary` has been prepared for many images.
+
+        `threshold` and `min_logprob` bound what `Recognition` has; below them a region gets no label. The
+        question, unless given, is that of the original's LVIS evaluation.
+        """
+        known = labels if isinstance(labels, Vocabulary) else Vocabulary(labels, self.tokenizer)
+        prompt = PROTOCOLS["lvis_paco"].prompt(None if question is None else checked_question(question))
+        asked = self._asked(self.prepare(image, masks), (prompt,))
+        [found] = recognize(self.network, [asked], known, threshold=threshold, min_logprob=min_logprob)
+        return found
 
     def chat(
         self,
@@ -247,7 +310,7 @@ class Osprey:
         turns = list(zip(texts[::2], [*texts[1::2], None], strict=True))
         ids = self._expand(conversation(turns, system=SYSTEM_INFERENCE), regions=prepared.regions)
         job = Asked(prepared, ids[:-1], [ids[-1:]], in_prefix=True)
-        [answer] = engine.stream(self.model, self.params, job, self._rules(how))
+        [answer] = engine.stream(self.network, job, self._rules(how))
         return self._generation(answer, how.stop).text
 
     def logits(self, image: ImageLike, masks: Masks, prompt: str) -> Float[np.ndarray, "T V"]:
@@ -259,7 +322,7 @@ class Osprey:
         ids = self._expand(prompt, regions=prepared.regions)
         # Padding is on the right, so causality alone keeps it out.
         padded, _ = engine.padded([ids], engine.PREFIX_STEP, self.tokenizer.pad_id)
-        logits = _logits(self.model, self.params, *_batch_of_one(prepared), padded)
+        logits = self.network.run(_logits, *_batch_of_one(prepared), padded)
         return np.asarray(logits[0, : len(ids)])
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -271,7 +334,7 @@ class Osprey:
     def embed(self, image: ImageLike, masks: Masks) -> Float[np.ndarray, "R D"]:
         """Float32 mask tokens, one for each region: for retrieval and deduplication."""
         prepared = self.prepare(image, masks)
-        tokens = _mask_tokens(self.model, self.params, *_batch_of_one(prepared))
+        tokens = self.network.run(_mask_tokens, *_batch_of_one(prepared))
         return np.asarray(tokens[0, : prepared.regions])
 
     def _asked(self, prepared: Prepared, prompts: tuple[str, ...]) -> Asked:
@@ -337,50 +400,31 @@ class Osprey:
 
 
 @partial(jax.jit, static_argnames="model")
-def _mask_tokens(model: network.Osprey, params: Params, images: Array, masks: MaskPyramid) -> Array:
-    features = network.apply(model, params, network.Osprey.features, images)
-    return network.apply(model, params, network.Osprey.region_tokens, features, masks)[0]
+def _mask_tokens(model: architecture.Osprey, params: Params, images: Array, masks: MaskPyramid) -> Array:
+    features = architecture.apply(model, params, architecture.Osprey.features, images)
+    return architecture.apply(model, params, architecture.Osprey.region_tokens, features, masks)[0]
 
 
 @partial(jax.jit, static_argnames="model")
 def _logits(
-    model: network.Osprey, params: Params, images: Array, masks: MaskPyramid, input_ids: Array
+    model: architecture.Osprey, params: Params, images: Array, masks: MaskPyramid, input_ids: Array
 ) -> Array:
-    return network.apply(model, params, network.Osprey.__call__, images, masks, input_ids)
+    return architecture.apply(model, params, architecture.Osprey.__call__, images, masks, input_ids)
+
+
+def _shapes(config: OspreyConfig, dtype: str, quantization: str | None, mesh: Mesh | None) -> Params:
+    """Shapes, dtypes and places of the parameters of a checkpoint."""
+    shapes = architecture.abstract_params(config, dtype, quantization=quantization)
+    shapes = {**shapes, "extractor": architecture.abstract_params(config, "float32")["extractor"]}
+    if mesh is None:
+        return shapes
+    places = param_shardings(architecture.boxed_params(config, quantization=quantization), mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
 
 
 def _batch_of_one(prepared: Prepared) -> tuple[np.ndarray, MaskPyramid]:
     """An image and its regions, these padded to a power of two, with a batch axis."""
     count = 1 << (prepared.regions - 1).bit_length()
     return prepared.pixels[None], engine.stacked([prepared.masks], 0, count)
-
-
-def _windows(prepared: Iterable[Prepared]) -> Iterator[list[Prepared]]:
-    """Images that are answered together; one that can't be prepared raises when those before it are done."""
-    window: list[Prepared] = []
-    try:
-        for one in _ahead(prepared, WINDOW_IMAGES):
-            window.append(one)
-            regions = sum(each.regions for each in window)
-            if len(window) == WINDOW_IMAGES or regions >= WINDOW_REGIONS:
-                yield window
-                window = []
-    except (ValueError, OSError):
-        if window:
-            yield window
-        raise
-    if window:
-        yield window
-
-
-def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The items, of which a thread makes up to `count` before they are asked for."""
-    iterator = iter(items)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
-    try:
-        waiting = deque(pool.submit(next, iterator, None) for _ in range(count))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(next, iterator, None))
-            yield item
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -59,7 +59,7 @@ def request(
         prompts: tuple[str, ...] = (protocol.prompt(),)
     else:
         questions: Sequence[Any] = question if isinstance(question, list | tuple) else [question]
-        prompts = tuple(protocol.prompt(_checked_question(one)) for one in questions)
+        prompts = tuple(protocol.prompt(checked_question(one)) for one in questions)
         keep, limit = str, CHAT_TOKENS
     limit = limit if max_new_tokens is None else max_new_tokens
     how = decoding(limit, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
@@ -95,7 +95,7 @@ def _integer(name: str, value: Any) -> int:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
-def _checked_question(question: str) -> str:
+def checked_question(question: str) -> str:
     """A question of one's own with its region's placeholders."""
     if not isinstance(question, str):
         raise ValueError(f"a question must be text, got {question!r}")

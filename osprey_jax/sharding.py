@@ -42,6 +42,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "projector": "tensor",
     "extractor": "tensor",
     "extractor_out": "fsdp",
+    "scale_groups": None,
     "pixels": "fsdp",
     "kernel_rows": None,
     "kernel_columns": None,

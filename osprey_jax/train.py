@@ -36,12 +36,10 @@ from data_pipelines.watched import ABANDONED, WorkerDied
 from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch, to_device
 from osprey_jax.checkpoint import (
-    TrainingCheckpoints,
     first_line,
     load_config,
     load_params,
     save_params,
-    saved_steps,
 )
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.directories import as_path
@@ -51,6 +49,7 @@ from osprey_jax.models.osprey import Osprey, boxed_params, init_params
 from osprey_jax.optim import AdamW, TrainState, init_state, merge, partition
 from osprey_jax.prompt import SYSTEM_INFERENCE, SYSTEM_TRAINING, Tokenizer
 from osprey_jax.train_config import Refused, refusals
+from osprey_jax.training_checkpoints import TrainingCheckpoints, saved_steps
 from osprey_jax.typing import Array, Params
 
 SYSTEMS = {"training": SYSTEM_TRAINING, "inference": SYSTEM_INFERENCE}

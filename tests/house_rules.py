@@ -20,6 +20,7 @@ LAYERS = (
         "masks",
         "region_files",
         "figure",
+        "quantize",
         "sharding",
         "batch",
         "directories",
@@ -30,7 +31,8 @@ LAYERS = (
     ("vocabulary", "engine", "request"),
     ("recognize",),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
-    ("train_config", "train"),
+    ("training_checkpoints", "train_config"),
+    ("train",),
     ("describe", "label", "eval", "serve", "demo"),
 )
 """From the bottom up; a package's entry holds for what is in it, unless a longer entry does."""

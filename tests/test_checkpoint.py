@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from osprey_jax import checkpoint, sharding
-from osprey_jax.checkpoint import TrainingCheckpoints
+from osprey_jax import checkpoint, sharding, training_checkpoints
 from osprey_jax.config import tiny
+from osprey_jax.training_checkpoints import TrainingCheckpoints
 
 
 class WordList:
@@ -227,14 +227,14 @@ def test_a_save_has_its_name_only_when_all_of_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written, release = threading.Event(), threading.Event()
-    original = checkpoint._write_manifest
+    original = training_checkpoints._write_manifest
 
     def held(*args: object) -> None:
         original(*args)
         written.set()
         release.wait(60)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", held)
+    monkeypatch.setattr(training_checkpoints, "_write_manifest", held)
     checkpoints = run(tmp_path)
     checkpoints.save(3, arrays(3), b"")
     assert written.wait(60)
@@ -255,7 +255,7 @@ def test_a_failed_save_leaves_the_one_before_and_is_told_once(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_manifest", full)
+        patch.setattr(training_checkpoints, "_write_manifest", full)
         checkpoints.save(2, arrays(2), b"")
         with pytest.raises(OSError, match=rf"cannot write {tmp_path}/2: .*No space left on device"):
             checkpoints.wait()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.config import VisionConfig
-from osprey_jax.models.layers import LayerNorm, Linear, logical
+from osprey_jax.models.layers import LayerNorm, Linear, constrain, logical
 from osprey_jax.ops.depthwise import depthwise_conv
 from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array, Float
@@ -104,7 +104,7 @@ class Stage(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = blocks(self.channels, self.eps, self.dtype, name="blocks")(x, None)
-        return nn.with_logical_constraint(x, ("batch", None, None, "activation_channels"))
+        return constrain(x, ("batch", None, None, "activation_channels"))
 
 
 class ConvNeXt(nn.Module):

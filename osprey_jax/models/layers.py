@@ -1,14 +1,30 @@
 """The two parameterised layers that every part of the model is made of."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from osprey_jax import quantize
 from osprey_jax.ops.norms import layer_norm, rms_norm
 from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array
+
+
+def constrain(x: Array, axes: Sequence[str | None]) -> Array:
+    """Names an activation's logical axes; where there is a mesh, it is split as the rules say.
+
+    A batch that doesn't divide over the mesh, such as a single image, stays whole.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    over = dict(nn.get_logical_axis_rules()).get("batch") or ()
+    parts = math.prod(sizes.get(name, 1) for name in over)
+    if any(axis == "batch" and size % parts for axis, size in zip(axes, x.shape, strict=True)):
+        axes = [None if axis == "batch" else axis for axis in axes]
+    return nn.with_logical_constraint(x, tuple(axes))
 
 
 def logical(init: nn.initializers.Initializer, *axes: str | None) -> nn.initializers.Initializer:
@@ -20,7 +36,8 @@ class Linear(nn.Module):
     """Contracts the input's last `len(inputs)` axes with a kernel of shape `inputs + outputs`.
 
     `axes` names the kernel's logical axes, inputs first. Kernel and bias are cast to `dtype`; the result has
-    that dtype, too, unless `out_dtype` is given.
+    that dtype, too, unless `out_dtype` is given. With a `quantization`, one of `quantize.SCHEMES`, the kernel
+    holds integers, and a leaf `kernel_scale` their scales.
     """
 
     inputs: Sequence[int]
@@ -29,9 +46,19 @@ class Linear(nn.Module):
     use_bias: bool = True
     dtype: jnp.dtype = jnp.dtype("float32")
     out_dtype: jnp.dtype | None = None
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        y = self._product(x) if self.quantization is None else self._quantized_product(x)
+        if self.use_bias:
+            axes = self.axes[len(self.inputs) :]
+            bias = self.param("bias", logical(nn.initializers.zeros, *axes), tuple(self.outputs))
+            bias = bias.astype(y.dtype)
+            y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+    def _product(self, x: Array) -> Array:
         n = len(self.inputs)
         init = nn.initializers.variance_scaling(
             1 / 3,
@@ -42,19 +69,35 @@ class Linear(nn.Module):
         )
         kernel = self.param("kernel", logical(init, *self.axes), (*self.inputs, *self.outputs))
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        y = jax.lax.dot_general(
+        return jax.lax.dot_general(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             (contract, ((), ())),
             precision=matmul_precision(self.dtype),
             preferred_element_type=self.out_dtype,
         )
-        if self.use_bias:
-            bias = self.param(
-                "bias", logical(nn.initializers.zeros, *self.axes[n:]), tuple(self.outputs)
-            ).astype(y.dtype)
-            y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
+
+    def _quantized_product(self, x: Array) -> Array:
+        n, scheme = len(self.inputs), quantize.scheme(self.quantization)
+        integers, ones = partial(nn.initializers.zeros, dtype=scheme.dtype), nn.initializers.ones
+        # A matrix, as that is how accelerators read integers well; of several axes the first one is split.
+        shape = math.prod(self.inputs), math.prod(self.outputs)
+        axes = self.axes[0], self.axes[n]
+        kernel = self.param("kernel", logical(integers, *axes), shape)
+        scale = self.param(
+            quantize.SCALE,
+            logical(ones, "scale_groups", axes[1]),
+            quantize.scale_shape(shape, group=scheme.group),
+        )
+        y = quantize.dot(
+            x.reshape(*x.shape[:-n], shape[0]),
+            kernel,
+            scale,
+            dynamic=scheme.activations,
+            dtype=self.dtype,
+            out_dtype=self.out_dtype or self.dtype,
+        )
+        return y.reshape(*y.shape[:-1], *self.outputs)
 
 
 class LayerNorm(nn.Module):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.config import DecoderConfig
-from osprey_jax.models.layers import Linear, RMSNorm, logical
+from osprey_jax.models.layers import Linear, RMSNorm, constrain, logical
 from osprey_jax.ops.attention import attention, visibility
 from osprey_jax.ops.rotary import apply_rotary
 from osprey_jax.typing import Array, Bool, Float, Int, Params
@@ -59,6 +59,7 @@ class Place(NamedTuple):
     end: Int[Array, ""] | None = None
     """The cache's slot of the first token."""
     prefix_mask: Bool[Array, "B T S"] | None = None
+    in_order: bool | None = None
 
 
 class SelfAttention(nn.Module):
@@ -66,18 +67,20 @@ class SelfAttention(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    quantization: str | None
 
     @nn.compact
     def __call__(
         self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: Place
     ) -> tuple[Array, KeysValues | None]:
         c = self.config
+        linear = partial(Linear, use_bias=False, dtype=self.dtype, quantization=self.quantization)
         dim, heads, kv_heads = (c.dim,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
 
         def project(name: str, outputs: tuple, kind: str) -> Array:
             axes = ("embed", kind, "head_dim")
-            y = Linear(dim, outputs, axes, use_bias=False, dtype=self.dtype, name=name)(x)
-            return nn.with_logical_constraint(y, ("batch", None, f"activation_{kind}", None))
+            y = linear(dim, outputs, axes, name=name)(x)
+            return constrain(y, ("batch", None, f"activation_{kind}", None))
 
         q, k, v = (
             project("q_proj", heads, "heads"),
@@ -94,9 +97,10 @@ class SelfAttention(nn.Module):
         before = None
         if prefix is not None and place.prefix_mask is not None:
             before = prefix[0].astype(q.dtype), prefix[1].astype(q.dtype), place.prefix_mask
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), place.mask, prefix=before)
+        in_order = bool(place.in_order)
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), place.mask, prefix=before, in_order=in_order)
         axes = ("heads", "head_dim", "embed")
-        return Linear(heads, dim, axes, use_bias=False, dtype=self.dtype, name="o_proj")(out), kv
+        return linear(heads, dim, axes, name="o_proj")(out), kv
 
 
 class FeedForward(nn.Module):
@@ -104,18 +108,16 @@ class FeedForward(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    quantization: str | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dim, ffn = (self.config.dim,), (self.config.ffn_dim,)
-
-        def linear(name: str, inputs: tuple, outputs: tuple, axes: tuple) -> Linear:
-            return Linear(inputs, outputs, axes, use_bias=False, dtype=self.dtype, name=name)
-
-        gate = linear("gate_proj", dim, ffn, ("embed", "ffn"))(x)
-        y = jax.nn.silu(gate) * linear("up_proj", dim, ffn, ("embed", "ffn"))(x)
-        y = nn.with_logical_constraint(y, ("batch", None, "activation_ffn"))
-        return linear("down_proj", ffn, dim, ("ffn", "embed"))(y)
+        linear = partial(Linear, use_bias=False, dtype=self.dtype, quantization=self.quantization)
+        gate = linear(dim, ffn, ("embed", "ffn"), name="gate_proj")(x)
+        y = jax.nn.silu(gate) * linear(dim, ffn, ("embed", "ffn"), name="up_proj")(x)
+        y = constrain(y, ("batch", None, "activation_ffn"))
+        return linear(ffn, dim, ("ffn", "embed"), name="down_proj")(y)
 
 
 class DecoderLayer(nn.Module):
@@ -123,20 +125,21 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    quantization: str | None
 
     @nn.compact
     def __call__(
         self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: Place
     ) -> tuple[Array, KeysValues | None]:
         eps = self.config.norm_eps
-        attended, kv = SelfAttention(self.config, self.dtype, name="self_attn")(
+        attended, kv = SelfAttention(self.config, self.dtype, self.quantization, name="self_attn")(
             RMSNorm(eps, name="input_layernorm")(x), kv, prefix, place
         )
         x = x + attended
-        x = x + FeedForward(self.config, self.dtype, name="mlp")(
+        x = x + FeedForward(self.config, self.dtype, self.quantization, name="mlp")(
             RMSNorm(eps, name="post_attention_layernorm")(x)
         )
-        return nn.with_logical_constraint(x, ("batch", None, "activation_embed")), kv
+        return constrain(x, ("batch", None, "activation_embed")), kv
 
 
 class Llama(nn.Module):
@@ -146,21 +149,23 @@ class Llama(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     scan_layers: bool = True
     """Whether parameters of all layers are stacked; a cache needs them apart."""
+    quantization: str | None = None
+    """Of the layers' matrices, a name of `quantize.SCHEMES`; embeddings, norms and head stay as they are."""
 
     def setup(self) -> None:
-        c = self.config
+        c, layer = self.config, (self.config, self.dtype, self.quantization)
         self.embed_tokens = Embedding(c.vocab_size, c.dim, self.dtype)
         if self.scan_layers:
-            self.layers = nn.scan(
+            self.layers: Any = nn.scan(
                 DecoderLayer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, self.dtype)
+            )(*layer)
         else:
-            self.layers = [DecoderLayer(c, self.dtype) for _ in range(c.num_layers)]
+            self.layers = [DecoderLayer(*layer) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.norm_eps)
         self.lm_head = Linear(
             (c.dim,),
@@ -184,6 +189,7 @@ class Llama(nn.Module):
         prefix_segment_ids: Int[Array, "B T"] | None = None,
         prefix: Cache | None = None,
         cache: Cache | None = None,
+        in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs the layers and the final norm.
 
@@ -195,6 +201,7 @@ class Llama(nn.Module):
           prefix: a cache that is only read, such as that of a prompt's beginning which many rows share. Its
             batch `P` divides `B`: row `b` reads row `b // (B / P)`, and no row is copied.
           cache: what came before in each row of its own; it must have room for `T` more slots.
+          in_order: whether no token sees one in a later slot, which saves work; not for stacked layers.
 
         Returns:
           Hidden states of the compute dtype, and the cache with these tokens added (None without one).
@@ -222,8 +229,9 @@ class Llama(nn.Module):
             mask=see(key_positions=key_positions, key_segments=key_segments),
             end=None if cache is None else cache.end,
             prefix_mask=prefix_mask,
+            in_order=in_order or None,
         )
-        x = nn.with_logical_constraint(embeddings.astype(self.dtype), ("batch", None, "activation_embed"))
+        x = constrain(embeddings.astype(self.dtype), ("batch", None, "activation_embed"))
         if self.scan_layers:
             assert (cache, prefix) == (None, None), "a cache needs layers that are not scanned"
             x, _ = self.layers(x, None, None, place)
@@ -246,7 +254,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in float32, whatever is computed in."""
-        return nn.with_logical_constraint(self.lm_head(hidden), ("batch", None, "activation_vocab"))
+        return constrain(self.lm_head(hidden), ("batch", None, "activation_vocab"))
 
 
 class Embedding(nn.Module):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from osprey_jax.config import ExtractorConfig
 from osprey_jax.masks import MaskPyramid
-from osprey_jax.models.layers import Linear
+from osprey_jax.models.layers import Linear, constrain
 from osprey_jax.ops.masked_pooling import masked_pooling
 from osprey_jax.typing import Array
 
@@ -45,7 +45,7 @@ class MaskExtractor(nn.Module):
         x = x.reshape(*x.shape[:2], self.config.position_size**2)
         x = jax.nn.relu(Linear((x.shape[-1],), (dim,), ("pixels", "extractor"), name="mask_linear_0")(x))
         # Without the constraints jaxlib 0.10.2 partitions these products wrongly on a mesh of 2 × 2 × 2.
-        x = nn.with_logical_constraint(x, ("batch", None, "activation_extractor"))
+        x = constrain(x, ("batch", None, "activation_extractor"))
         x = jax.nn.relu(Linear((dim,), (dim,), ("extractor", "extractor_out"), name="mask_linear_1")(x))
-        x = nn.with_logical_constraint(x, ("batch", None, "activation_embed"))
+        x = constrain(x, ("batch", None, "activation_embed"))
         return mask_tokens, Linear((dim,), (out,), ("extractor", "embed"), name="mask_linear_2")(x)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from osprey_jax.config import OspreyConfig
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.convnext import ConvNeXt
-from osprey_jax.models.layers import Linear
+from osprey_jax.models.layers import Linear, constrain
 from osprey_jax.models.llama import Cache, Llama
 from osprey_jax.models.mask_extractor import MaskExtractor
 from osprey_jax.prompt import IMAGE_TOKEN_ID
+from osprey_jax.quantize import SCALE
 from osprey_jax.typing import Array, Bool, Float, Int, Params
 
 
@@ -49,19 +50,23 @@ class Projector(nn.Module):
 
 
 class Osprey(nn.Module):
-    """The whole model. Parameters keep their own dtype; `dtype` is what tower and decoder compute in."""
+    """The whole model. Parameters keep their own dtype; `dtype` is what tower and decoder compute in.
+
+    `quantization` names the decoder's low precision (`quantize.SCHEMES`), if any.
+    """
 
     config: OspreyConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     scan_layers: bool = True
     """Whether the decoder's layers are stacked; for generation they are apart (`unstack_layers`)."""
+    quantization: str | None = None
 
     def setup(self) -> None:
         c = self.config
         self.vision = ConvNeXt(c.vision, self.dtype)
         self.projector = Projector(c.decoder.dim, self.dtype)
         self.extractor = MaskExtractor(c.extractor, c.decoder.dim)
-        self.decoder = Llama(c.decoder, self.dtype, self.scan_layers)
+        self.decoder = Llama(c.decoder, self.dtype, self.scan_layers, self.quantization)
 
     def features(self, images: Float[Array, "B Y X 3"]) -> tuple[Array, ...]:
         """The tower's four feature maps of preprocessed images."""
@@ -114,6 +119,7 @@ class Osprey(nn.Module):
         prefix_segment_ids: Int[Array, "B T"] | None = None,
         prefix: Cache | None = None,
         cache: Cache | None = None,
+        in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states of a spliced sequence; the arguments are those of `Llama.__call__`."""
         return self.decoder(
@@ -123,6 +129,7 @@ class Osprey(nn.Module):
             prefix_segment_ids=prefix_segment_ids,
             prefix=prefix,
             cache=cache,
+            in_order=in_order,
         )
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -164,7 +171,7 @@ def apply(model: Osprey, params: Params, method: Callable, *args: Any, **kwargs:
 
 def _whole(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Keeps tokens together on a mesh, split over the batch alone, so that splicing moves nothing."""
-    return nn.with_logical_constraint(x, ("batch", None, "activation_embed"))
+    return constrain(x, ("batch", None, "activation_embed"))
 
 
 def splice(
@@ -193,7 +200,7 @@ def _region_order(
     return jnp.maximum(images, 0) // image_tokens * regions + jnp.maximum(seen - 1 - before, 0)
 
 
-def _init(config: OspreyConfig, key: Array) -> Params:
+def _init(config: OspreyConfig, key: Array, *, scan_layers: bool, quantization: str | None) -> Params:
     """Fresh parameters, boxed with their logical axes."""
     vision, size = config.vision, config.extractor.position_size
     masks = MaskPyramid(
@@ -201,21 +208,33 @@ def _init(config: OspreyConfig, key: Array) -> Params:
         position=jnp.zeros((1, 1, size, size), jnp.float32),
     )
     images = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
-    return Osprey(config).init(key, images, masks, jnp.zeros((1, 1), jnp.int32))["params"]
+    model = Osprey(config, scan_layers=scan_layers, quantization=quantization)
+    return model.init(key, images, masks, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def boxed_params(config: OspreyConfig) -> Params:
-    """Shapes of all float32 parameters, boxed with their logical axes; allocates nothing."""
-    return jax.eval_shape(partial(_init, config), jax.random.key(0))
+def boxed_params(
+    config: OspreyConfig, *, scan_layers: bool = True, quantization: str | None = None
+) -> Params:
+    """Shapes of all parameters, boxed with their logical axes: float32, or quantised; allocates nothing."""
+    init = partial(_init, config, scan_layers=scan_layers, quantization=quantization)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
-def abstract_params(config: OspreyConfig, dtype: jnp.dtype | str = "float32") -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct` leaves of one dtype; allocates nothing."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), nn.unbox(boxed_params(config))
-    )
+def abstract_params(
+    config: OspreyConfig, dtype: jnp.dtype | str = "float32", *, quantization: str | None = None
+) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves of one dtype; allocates nothing.
+
+    Quantised kernels are integers and their scales float32, whatever `dtype` is.
+    """
+
+    def struct(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        own = path[-1].key == SCALE or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if own else jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(struct, nn.unbox(boxed_params(config, quantization=quantization)))
 
 
 def init_params(config: OspreyConfig, key: Array) -> Params:
     """Fresh float32 parameters."""
-    return nn.unbox(jax.jit(partial(_init, config))(key))
+    return nn.unbox(jax.jit(partial(_init, config, scan_layers=True, quantization=None))(key))

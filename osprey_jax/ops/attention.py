@@ -1,5 +1,6 @@
 """Attention over explicit masks, and the one rule that says which token sees which."""
 
+import itertools
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -32,6 +33,10 @@ def visibility(
     return seen & causal & (keys != 0)
 
 
+_BLOCK = 256
+"""Queries that are computed together where keys are in order."""
+
+
 class _Source(NamedTuple):
     """Keys and values `(P, K, S, H)`, and which of them the queries see, `(B, T, S)`."""
 
@@ -47,6 +52,7 @@ def attention(
     mask: Bool[Array, "B T S"],
     *,
     prefix: tuple[Array, Array, Array] | None = None,
+    in_order: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query softmax attention; scores and softmax in float32, output in the queries' dtype.
 
@@ -54,7 +60,17 @@ def attention(
 
     `prefix` is a further set of keys and values `(P, K, S', H)` and its mask `(B, T, S')`, under one softmax.
     `P` divides `B`: row `b` reads row `b // (B / P)` of it, and no row is copied.
+
+    `in_order` says that `T = S` and no query sees a later key, so that most of what would be masked isn't
+    computed at all.
     """
+    if in_order and q.shape[1] >= 2 * _BLOCK:
+        cuts = [*range(0, q.shape[1], _BLOCK), q.shape[1]]
+        blocks = [
+            attention(q[:, a:b], k[:, :, :b], v[:, :, :b], mask[:, a:b, :b], prefix=prefix)
+            for a, b in itertools.pairwise(cuts)
+        ]
+        return jnp.concatenate(blocks, axis=1)
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=matmul_precision(q.dtype))
     b, t, n, h = q.shape
     own = _Source(k, v, mask)
@@ -80,7 +96,7 @@ def attention(
         powers = [
             jnp.exp(x - by_source(largest, keys)) for x, (keys, *_) in zip(scores, sources, strict=True)
         ]
-        total = sum(by_row(x.sum(-1, keepdims=True)) for x in powers)
+        total = reduce(jnp.add, [by_row(x.sum(-1, keepdims=True)) for x in powers])
         weights = [x / by_source(total, y.keys) for x, y in zip(powers, sources, strict=True)]
     parts = [
         by_row(einsum("PKRTGS,PKSH->PKRTGH", x.astype(y.values.dtype), y.values))

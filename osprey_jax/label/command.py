@@ -1,0 +1,242 @@
+"""The command line of `python -m osprey_jax.label`."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from osprey_jax.directories import as_path
+from osprey_jax.label import plan as plans
+from osprey_jax.label.estimate import estimate
+from osprey_jax.label.inputs import Input
+from osprey_jax.label.job import Asked, label
+from osprey_jax.label.opening import open_input
+from osprey_jax.label.output import Output, read_run
+from osprey_jax.label.setting import model_version, version
+from osprey_jax.predictor import Osprey
+from osprey_jax.prompt import PROTOCOLS, REGION
+from osprey_jax.quantize import SCHEMES
+from osprey_jax.request import Level, Request, request
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+"""The exit status of what Ctrl-C has ended."""
+GIVE_UP_AFTER = 500
+FORMAT = 1
+"""Of the lines."""
+
+_EXAMPLE = """\
+examples:
+  python -m osprey_jax.label --checkpoint checkpoints/osprey --images coco/val2017 \\
+      --masks annotations/instances_val2017.json --output words --dry-run
+  python -m osprey_jax.label --checkpoint checkpoints/osprey --images coco/val2017 \\
+      --masks annotations/instances_val2017.json --output words --gallery
+The first tells how long the second will take. Killed wherever it may be, the same command goes on, and the
+files become the same, byte for byte, as without.
+
+--images: a directory, a .tar of images, or a directory of .tar shards.
+--masks, one of:
+  instances.json        COCO json (polygons or RLEs)
+  panoptic.json [DIR]   COCO panoptic json and the directory of its PNGs; default: panoptic/ beside it
+  regions.jsonl …, DIR  JSON lines, files or a directory of them. A region is {"image": "a.jpg", "region": 7,
+                        "label": "cup", "segmentation": RLE or polygons}, of which region and label may be
+                        missing; an image is {"image": "a.jpg", "annotations": [{"segmentation": …}, …]}. What
+                        this command and `describe` write is such: regions can be asked about again
+  DIR or .tar of .json  SA-1B's: one for each image, with "image": {"file_name": …} and "annotations"
+  DIR or .tar of .png   of a.jpg the label map a.png, a region for each value but 0 (in colours, for each
+                        panoptic id R + 256 G + 65536 B but 0), or the masks a/….png or a_….png
+--data: a directory that `python -m data_pipelines prepare` wrote, which has images and masks.
+
+In the output, labels-00000-of-00004.jsonl has a line for each region: image (and record, its number in
+--data), region (its id or label map's value, or the number from 1), label (category or mask file, if there is
+one), box (x0, y0, x1, y1; the last two exclusive), area, segmentation (COCO RLE), question, text, logprob
+(natural logarithm of the answer's probability), logprobs (of each token, the end included), model and prompt
+(short names of their versions). Images and regions that can't be used are in skipped-00000-of-00004.jsonl,
+with the reason. run.json has the setting; with another one the output is refused.
+
+Several hosts write one output: each runs the command with its own --host 0/4, 1/4, ….
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 after an error in what it was given."""
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m osprey_jax.label",
+        description="Says in words what all regions of a data set's images are.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="made by convert_torch_ckpt.py or training")
+    add("--images", metavar="PATH", help="with --masks; see below")
+    add("--masks", nargs="+", default=(), metavar="PATH")
+    add("--data", metavar="DIR", help="instead of the two: a prepared directory")
+    add("--output", metavar="DIR", help="is made, or gone on with; not needed for --dry-run")
+    add("--shards", type=int, metavar="N", help="files of output; default: one for 5,000 images")
+    add("--host", metavar="I/N", help="this is host I (from 0) of N; default: as JAX knows it, or 0/1")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--level", choices=("short", "detailed"), help="default: short")
+    asked.add_argument(
+        "--question",
+        metavar="TEXT",
+        help='asked of each region, as in "What colour is <region>?"',
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="limit of an answer; default: 64, or 512 for long ones",
+    )
+    add("--temperature", type=float, default=0.0, help="of sampling; default: 0, the likeliest words")
+    add("--top-p", type=float, default=1.0, help="samples among the likeliest tokens; default: 1, all")
+    add("--seed", type=int, default=0, help="of sampling; default: 0")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends an answer before it; may be repeated",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+    add("--quantize", choices=tuple(SCHEMES), help="low precision of the decoder's matrices; default: none")
+    add(
+        "--give-up-after",
+        type=int,
+        default=GIVE_UP_AFTER,
+        metavar="N",
+        help=f"images that fail one after another; default: {GIVE_UP_AFTER}",
+    )
+    add("--dry-run", action="store_true", help="describes a sample, writes nothing, tells time and size")
+    add(
+        "--gallery",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="at the end, a page of some images with their words; default: gallery.html in the output",
+    )
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    asked, setting = _asked(args)
+    host, hosts = _host(args.host)
+    if args.output is None and not args.dry_run:
+        raise ValueError("where to? give --output, or --dry-run")
+    if args.give_up_after < 1:
+        raise ValueError(f"--give-up-after must be at least 1, got {args.give_up_after}")
+    checkpoint = as_path(args.checkpoint)
+    if not checkpoint.is_dir():
+        raise ValueError(f"no checkpoint directory {args.checkpoint}")
+    if args.data is not None and (args.images is not None or args.masks):
+        raise ValueError("give --data, or --images with --masks, not both")
+    data = open_input(images=args.images, masks=args.masks, data=args.data)
+    for sentence in data.left_out:
+        print(f"warning: {sentence}", file=sys.stderr)
+    output = None if args.output is None else as_path(args.output)
+    plan = _plan(args.shards, data, output, hosts)
+    model = model_version(checkpoint)
+    asked = Asked(asked.request, asked.question, {"model": model, "prompt": version(setting)})
+    run = {
+        "setting": {
+            "format": FORMAT,
+            "images": len(data),
+            "regions": data.fingerprint,
+            "units": [plans.UNIT_IMAGES, plans.UNIT_REGIONS],
+            "shards": plan.shards,
+            "model": model,
+            "prompt": setting,
+        },
+        "of": {name: getattr(args, name) for name in ("checkpoint", "images", "masks", "data")},
+        "prompt": asked.versions["prompt"],
+    }
+    if args.dry_run:
+        print(estimate(_load(args), data, plan, asked, hosts=hosts))
+        return
+    assert output is not None, "seen above"
+    shards = {shard: len(plan.units(shard)) for shard in plan.shards_of(host, hosts)}
+    with Output(args.output, run, shards, plan.shards) as out:
+        if any(out.notes[shard].units < units for shard, units in shards.items()):
+            label(_load(args), data, plan, out, asked, give_up_after=args.give_up_after)
+        else:
+            out.declare()
+        notes = list(out.notes.values())
+    regions, images, skipped = (
+        sum(getattr(note, name) for note in notes) for name in ("regions", "images", "skipped")
+    )
+    told = f", {skipped:,} skipped (skipped-….jsonl says why)" if skipped else ""
+    print(f"{regions:,} regions of {images:,} images in {args.output}{told}", file=sys.stderr)
+    if args.gallery is not None:
+        from osprey_jax.label.gallery import write_gallery
+
+        path = as_path(args.gallery) if args.gallery else output / "gallery.html"
+        write_gallery(path, output, data)
+        print(f"gallery in {args.gallery or path}", file=sys.stderr)
+
+
+def _asked(args: argparse.Namespace) -> tuple[Asked, dict[str, Any]]:
+    """What is asked, and all that answers depend on beside the model: the place for other ways to answer."""
+    level: Level = args.level or "short"
+    asked: Request = request(
+        level,
+        question=args.question,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+    )
+    question = args.question or PROTOCOLS[f"demo_{level}"].question
+    assert question is not None, "the demo's protocols have questions"
+    setting = {
+        "text": asked.prompts[0],
+        "level": None if args.question else level,
+        "max_new_tokens": asked.decoding.limit,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "stop": args.stop,
+        "dtype": args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        "quantize": args.quantize,
+    }
+    return Asked(asked, question.replace(REGION, "<region>"), {}), setting
+
+
+def _load(args: argparse.Namespace) -> Osprey:
+    quantize = {} if args.quantize is None else {"quantize": args.quantize}
+    return Osprey.load(args.checkpoint, dtype=args.dtype, **quantize)
+
+
+def _host(given: str | None) -> tuple[int, int]:
+    if given is None:
+        return jax.process_index(), jax.process_count()
+    match = re.fullmatch("([0-9]+)/([0-9]+)", given)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--host is I/N with I from 0 to N - 1, such as 0/4, not {given}")
+    return int(match[1]), int(match[2])
+
+
+def _plan(shards: int | None, data: Input, output: Path | None, hosts: int) -> plans.Plan:
+    if shards is None:
+        then = read_run(output) if output is not None else None
+        found = then.get("setting", {}).get("shards") if then else None
+        shards = found if isinstance(found, int) else plans.usual_shards(len(data), hosts)
+    if shards < hosts:
+        raise ValueError(f"{shards} shards are too few for {hosts} hosts: give --shards {hosts} or more")
+    return plans.make_plan(len(data), data.counts, shards)

@@ -1,0 +1,79 @@
+"""Files by name, out of a directory, a tar, a directory of tars or a bucket."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from data_pipelines.images import Images, open_images
+from osprey_jax.directories import as_path
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+class Folder(Protocol):
+    """Files by their names; threads may read at the same time."""
+
+    def names(self, *suffixes: str) -> list[str]:
+        """All names that end so, whatever their case, relative to the folder and sorted."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A file. Raises ValueError or OSError, which name it."""
+        ...
+
+
+def open_folder(path: str | os.PathLike) -> Folder:
+    """Opens a directory, a `.tar`, a directory of `.tar` shards or a bucket's directory.
+
+    Raises ValueError or OSError as `data_pipelines.images.open_images` does.
+    """
+    if "://" in str(path):
+        return _Bucket(path)
+    return _Local(Path(path))
+
+
+class _Local:
+    """A directory with the archives in it, or one archive."""
+
+    def __init__(self, path: Path):
+        self._path, self._images = path, open_images(path)
+
+    def names(self, *suffixes: str) -> list[str]:
+        found = {name for name in _members(self._images) if name.lower().endswith(suffixes)}
+        if self._path.is_dir():
+            for folder, folders, files in os.walk(self._path):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                below = os.path.relpath(folder, self._path)
+                for name in files:
+                    if name.lower().endswith(suffixes) and not name.startswith("."):
+                        found.add(name if below == "." else f"{below}/{name}")
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        return self._images.read(name)
+
+
+def _members(images: Images) -> Iterator[str]:
+    """What is in the archives; of an archive of one folder, without that folder's name."""
+    wrappings = [wrapping for wrapping in images._wrappings if wrapping]
+    for name in map(os.fsdecode, images._names):
+        if not os.path.basename(name).startswith("."):
+            wrapping = next((top for top in wrappings if name.startswith(top)), "")
+            yield name.removeprefix(wrapping)
+
+
+class _Bucket:
+    """A directory of files in a bucket."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = as_path(path)
+        if not self._path.is_dir():
+            raise FileNotFoundError(f"no directory {path}")
+
+    def names(self, *suffixes: str) -> list[str]:
+        paths = (path for path in self._path.rglob("*") if path.name.lower().endswith(suffixes))
+        return sorted(os.fspath(path.relative_to(self._path)) for path in paths)
+
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
