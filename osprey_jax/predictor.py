@@ -204,8 +204,8 @@ class Osprey:
     ) -> Iterator[list[str]]:
         """`describe` of many images with their masks: yields one list for each, in their order.
 
-        Regions of several images are answered together, up to `engine.WINDOW_IMAGES` at a time, while a thread takes
-        the next ones from `items`. What is wrong with an image is raised when those before it have been
+        Regions of several images are answered together (`engine.WINDOW_IMAGES`), while a thread takes the next
+        ones from `items`. What is wrong with an image is raised when those before it have been
         yielded; the message has its number, from 0.
         """
         asked = request(
