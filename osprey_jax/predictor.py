@@ -204,7 +204,7 @@ class Osprey:
     ) -> Iterator[list[str]]:
         """`describe` of many images with their masks: yields one list for each, in their order.
 
-        Regions of several images are answered together (`engine.WINDOW_IMAGES`), while a thread takes the next
+        Regions of several images are answered together (`engine.WINDOW_IMAGES`); a thread takes the next
         ones from `items`. What is wrong with an image is raised when those before it have been
         yielded; the message has its number, from 0.
         """
