@@ -113,11 +113,12 @@ def test_the_predictor_gets_the_image_the_masks_and_every_option(osprey: FakeOsp
     (call,) = osprey.calls
     np.testing.assert_array_equal(call["image"], np.asarray(Image.open("photo.png")))
     np.testing.assert_array_equal(call["masks"], [LABELS == 4, LABELS == 9])
-    assert "Can you give me a detailed description of <mask><pos>? ASSISTANT:" in call["asked"].prompt
+    assert "Can you give me a detailed description of <mask><pos>? ASSISTANT:" in call["asked"].prompts[0]
     assert call["asked"].keep("it: a dog. a dog. a cat") == "a dog."
-    sampler, limit, seed = call["asked"].decoding
+    sampler, limit, seed, stop = call["asked"].decoding
     assert (sampler.temperature, sampler.top_p) == (0.5, np.float32(0.9))
     assert (limit, seed) == (7, 3)
+    assert stop == ()
     question = "Can you give me a detailed description of <region>?"
     assert json.loads(Path("o.jsonl").read_text().splitlines()[0])["question"] == question
 
@@ -126,14 +127,15 @@ def test_defaults_are_short_greedy_answers(osprey: FakeOsprey) -> None:
     assert run() == 0
     assert osprey.loads == [(Path("checkpoint"), None)]
     (call,) = osprey.calls
-    assert "Please give me a short description of <mask><pos>. Using a short phrase." in call["asked"].prompt
-    assert call["asked"].decoding == (Greedy(), 64, 0)
+    [prompt] = call["asked"].prompts
+    assert "Please give me a short description of <mask><pos>. Using a short phrase." in prompt
+    assert call["asked"].decoding == (Greedy(), 64, 0, ())
 
 
 def test_an_own_question_is_asked_and_recorded(osprey: FakeOsprey) -> None:
     assert run("--question", "What colour is <region>?", "--output", "o.jsonl") == 0
     asked = osprey.calls[0]["asked"]
-    assert "picture.\nWhat colour is <mask><pos>? ASSISTANT:" in asked.prompt
+    assert "picture.\nWhat colour is <mask><pos>? ASSISTANT:" in asked.prompts[0]
     assert asked.keep("it: a dog. a dog. a cat") == "it: a dog. a dog. a cat"
     assert asked.decoding.limit == 512
     assert json.loads(Path("o.jsonl").read_text().splitlines()[1])["question"] == "What colour is <region>?"
