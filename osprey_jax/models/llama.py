@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
-    quantization: str | None
+    quantization: str | None = None
 
     @nn.compact
     def __call__(
@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
-    quantization: str | None
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -125,7 +125,7 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
-    quantization: str | None
+    quantization: str | None = None
 
     @nn.compact
     def __call__(
