@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from osprey_jax import checkpoint, engine
+from osprey_jax.compilation_cache import use_compilation_cache
 from osprey_jax.config import OspreyConfig
 from osprey_jax.engine import Asked, Prepared
 from osprey_jax.image import ImageLike, load_image, preprocess
@@ -111,6 +112,8 @@ class Osprey:
     ) -> "Osprey":
         """Loads a checkpoint made by `convert_torch_ckpt.py` or by training.
 
+        What is compiled from then on is kept for other processes: see `compilation_cache`.
+
         Args:
           directory: the checkpoint.
           dtype: "float32" or "bfloat16", of parameters and arithmetic; the extractor is float32 in both. By
@@ -120,6 +123,7 @@ class Osprey:
             checkpoint needs no such choice.
           mesh: devices to split parameters and work over (`sharding.make_mesh`); each reads its own part.
         """
+        use_compilation_cache()
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         if dtype not in ("float32", "bfloat16"):
@@ -165,9 +169,8 @@ class Osprey:
           image: the picture.
           masks: the regions.
           level: "short" or "detailed": the original demo's question, and the part of its answer that is kept.
-          question: asked instead, with `<region>` where the region is meant; the answer is given whole. A
-          list
-            has one for each region.
+          question: asked instead, with `<region>` where the region is meant; the answer is given whole.
+            A list has one for each region.
           max_new_tokens: limit of an answer; by default `request.ANSWER_TOKENS` or `CHAT_TOKENS`.
           temperature: 0 for greedy answers.
           top_p: sampling is from the likeliest tokens that reach this probability.

@@ -24,6 +24,7 @@ LAYERS = (
         "sharding",
         "batch",
         "directories",
+        "compilation_cache",
         "ops",
     ),
     ("models", "sam"),
