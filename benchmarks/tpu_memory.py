@@ -92,7 +92,7 @@ def programs(device: Any, quantization: str | None, regions: int, tokens: int) -
         return -(-count // step) * step
 
     vision, rows = config.vision, engine.row_bucket(regions)
-    room = engine._FIRST_ROOM
+    room = engine.FIRST_ROOM
     places = max(room, 1 << (tokens - 1).bit_length())
     masks = MaskPyramid(
         levels=tuple(array((1, rows, side, side), "bool") for side in vision.level_sizes),
@@ -128,7 +128,7 @@ def programs(device: Any, quantization: str | None, regions: int, tokens: int) -
         yield f"decode, room for {room}", needs, kept + own
         if room == places:
             return
-        roomier = min(room * engine._ROOM_GROWTH, places)
+        roomier = min(room * engine.ROOM_GROWTH, places)
         needs, answers = compile_(
             generate.resize, answers, array((rows,), "int32"), more_slots=roomier - room
         )

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,19 +26,21 @@ from osprey_jax.typing import Float, Params
 T = TypeVar("T")
 
 MAX_ROWS = 128
-"""Regions that are answered at a time."""
+"""Regions that are answered at a time, where memory allows."""
 WINDOW_IMAGES, WINDOW_REGIONS = 16, 512
 """So many images of a stream are answered together, or fewer if they have so many regions."""
 MAX_IMAGES = 8
-"""Images whose regions share a batch."""
+"""Images whose regions share a batch, where memory allows."""
 PREFIX_STEP, SUFFIX_STEP = 64, 8
 """Prompts' beginnings and ends are padded to multiples of these."""
-_FIRST_ROOM, _ROOM_GROWTH = 16, 4
+FIRST_ROOM, ROOM_GROWTH = 16, 4
 """Slots for generated tokens at first, and what they are multiplied by when they are full."""
 _FEW_ROWS = 8
 """Batches don't shrink below this."""
 _STOP_STEPS = 8
 """Tokens between two searches for stop strings."""
+_CACHES = 0.5
+"""Of a device's memory beside the parameters: what caches may take, twice while they grow."""
 
 
 class Network(NamedTuple):
@@ -109,14 +112,56 @@ def row_bucket(count: int) -> int:
     return math.ceil(count / step) * step
 
 
-def groups(regions: Sequence[int]) -> Iterator[list[int]]:
+class Capacity(NamedTuple):
+    """What fits a device's memory at a time."""
+
+    rows: int = MAX_ROWS
+    images: int = MAX_IMAGES
+
+
+def capacity(network: Network, asked: Sequence[Asked], limit: int) -> Capacity:
+    """So many rows and images that their caches fit even if every answer has `limit` tokens.
+
+    It depends on the device's size, not on what is in use, so that batches and their rounding repeat. A
+    device that doesn't tell its size, such as a CPU, sets no limit.
+    """
+    device = jax.local_devices()[0] if network.mesh is None else network.mesh.local_devices[0]
+    size = (device.memory_stats() or {}).get("bytes_limit")
+    if size is None:
+        return Capacity()
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(network.params)
+    )
+    decoder, dtype = network.model.config.decoder, jnp.dtype(network.model.dtype)
+    of_slot = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * dtype.itemsize
+    slots = max(size - held, 0) * _CACHES / of_slot
+    prefix = max(len(one.prefix) for one in asked)
+    # A cache that grows is there twice.
+    row = 2 * (max(len(ids) for one in asked for ids in one.rest) + limit)
+    images = max(1, min(MAX_IMAGES, int(slots / 2 / prefix)))
+    return Capacity(_bucket_within(max(1, min(MAX_ROWS, int((slots - images * prefix) / row)))), images)
+
+
+def _bucket_within(count: int) -> int:
+    """The largest batch size of at most `count` rows."""
+    return max(size for size in range(1, count + 1) if row_bucket(size) == size)
+
+
+def portions(asked: Sequence[Asked], most: int) -> range:
+    """Where batches of at most `most` of each image's regions begin; its step is how many go together."""
+    count = max(len(one.rest) for one in asked)
+    return range(0, count, math.ceil(count / math.ceil(count / most)))
+
+
+def groups(regions: Sequence[int], fits: Capacity) -> Iterator[list[int]]:
     """Which images go together, by their numbers of regions: powers of two of images of similar numbers."""
     waiting = sorted(range(len(regions)), key=lambda number: (-regions[number], number))
     while waiting:
         largest = regions[waiting[0]]
         together = [number for number in waiting if 2 * regions[number] > largest or largest <= _FEW_ROWS]
-        room = MAX_ROWS // row_bucket(min(largest, MAX_ROWS))
-        size = 1 << (min(len(together), room, MAX_IMAGES).bit_length() - 1)
+        room = fits.rows // row_bucket(min(largest, fits.rows))
+        size = 1 << (min(len(together), room, fits.images).bit_length() - 1)
         yield together[:size]
         waiting = [number for number in waiting if number not in together[:size]]
 
@@ -124,8 +169,9 @@ def groups(regions: Sequence[int]) -> Iterator[list[int]]:
 def answer(network: Network, asked: Sequence[Asked], how: Rules) -> list[list[Answer]]:
     """Answers all that is asked of some images; batches are formed among these images alone."""
     results: list[list[Answer]] = [[] for _ in asked]
-    for group in groups([len(one.rest) for one in asked]):
-        for part in _answer_group(network, [asked[number] for number in group], how):
+    fits = capacity(network, asked, how.limit)
+    for group in groups([len(one.rest) for one in asked], fits):
+        for part in _answer_group(network, [asked[number] for number in group], how, fits):
             for number, answers in zip(group, part, strict=True):
                 results[number] += answers
     return results
@@ -133,11 +179,13 @@ def answer(network: Network, asked: Sequence[Asked], how: Rules) -> list[list[An
 
 def stream(network: Network, asked: Asked, how: Rules) -> Iterator[Answer]:
     """Answers about one image, as soon as a batch of them is done."""
-    for [answers] in _answer_group(network, [asked], how):
+    for [answers] in _answer_group(network, [asked], how, capacity(network, [asked], how.limit)):
         yield from answers
 
 
-def _answer_group(network: Network, asked: Sequence[Asked], how: Rules) -> Iterator[list[list[Answer]]]:
+def _answer_group(
+    network: Network, asked: Sequence[Asked], how: Rules, fits: Capacity
+) -> Iterator[list[list[Answer]]]:
     """Answers in batches of regions: for each batch, those of every image."""
     images = np.stack([one.prepared.pixels for one in asked])
     features, image_tokens = network.run(encode, images)
@@ -147,11 +195,9 @@ def _answer_group(network: Network, asked: Sequence[Asked], how: Rules) -> Itera
         count = 1 << (max(one.prepared.regions for one in asked) - 1).bit_length()
         named = stacked([one.prepared.masks for one in asked], 0, count)
     prefix = network.run(prefill, ids, length, image_tokens, features, named)
-    most = max(len(one.rest) for one in asked)
-    parts = math.ceil(most / MAX_ROWS)
-    each = math.ceil(most / parts)
-    for start in range(0, most, each):
-        yield _answer_batch(network, asked, how, features, prefix, start, each)
+    starts = portions(asked, fits.rows)
+    for start in starts:
+        yield _answer_batch(network, asked, how, features, prefix, start, starts.step)
 
 
 def _answer_batch(
@@ -164,12 +210,12 @@ def _answer_batch(
     count: int,
 ) -> list[list[Answer]]:
     """Answers about the `count` regions of each image from number `start` on."""
-    width, room = row_bucket(count), _FIRST_ROOM
+    width, room = row_bucket(count), FIRST_ROOM
     rests = [one.rest[start : start + count] for one in asked]
     filled = [ids for rest in rests for ids in [*rest, *[[how.pad_id]] * (width - len(rest))]]
     ids, length = padded(filled, SUFFIX_STEP, how.pad_id)
     numbers = np.tile(np.arange(start, start + width, dtype=np.uint32), len(asked))
-    places = max(_FIRST_ROOM, 1 << (how.limit - 1).bit_length())
+    places = max(FIRST_ROOM, 1 << (how.limit - 1).bit_length())
     # Which of an image's answers a row makes; -1 for none any more.
     owner = np.stack([np.where(np.arange(width) < len(rest), np.arange(width), -1) for rest in rests])
     given = {"sampler": how.sampler, "limit": np.int32(how.limit), "eos_id": np.int32(how.eos_id)}
@@ -192,7 +238,7 @@ def _answer_batch(
             prefix,
             rows,
             wanted=(owner >= 0).reshape(-1),
-            enough=np.int32(_smaller(width)),
+            enough=np.int32(smaller(width)),
             steps=np.int32(places if how.stop is None else _STOP_STEPS),
             **given,
         )
@@ -201,10 +247,10 @@ def _answer_batch(
         if left == 0:
             return answers
         narrower = width
-        while left <= _smaller(narrower):
-            narrower = _smaller(narrower)
+        while left <= smaller(narrower):
+            narrower = smaller(narrower)
         full = int(rows.cache.end) == rows.cache.positions.shape[1]
-        roomier = min(room * _ROOM_GROWTH, places) if full else room
+        roomier = min(room * ROOM_GROWTH, places) if full else room
         if (narrower, roomier) != (width, room):
             # Rows that are under way come first, in their order.
             order = np.argsort(owner < 0, axis=1, kind="stable")[:, :narrower]
@@ -233,7 +279,7 @@ def _take_finished(rows: Rows, owner: np.ndarray, how: Rules, answers: list[list
     return owner
 
 
-def _smaller(width: int) -> int:
+def smaller(width: int) -> int:
     """The batch size that a batch of `width` rows shrinks to next; 0 where it doesn't."""
     return 1 << ((width - 1).bit_length() - 1) if width > _FEW_ROWS else 0
 

@@ -186,7 +186,7 @@ def begin(
     mask, position = (
         x.reshape(rows, 1, -1) for x in apply(model, params, Osprey.region_tokens, features, masks)
     )
-    hidden, cache = _extend(
+    hidden, cache = extend(
         model,
         params,
         prefix,
@@ -239,7 +239,7 @@ def decode(
 
     def step(rows: Rows) -> Rows:
         nothing = jnp.zeros((rows.token.shape[0], 0, 1), model.dtype)
-        hidden, cache = _extend(
+        hidden, cache = extend(
             model,
             params,
             prefix,
@@ -274,7 +274,7 @@ def resize(rows: Rows, order: Int[Array, " B"], *, more_slots: int) -> Rows:
     return replace(taken, cache=cache)
 
 
-def _extend(
+def extend(
     model: Osprey,
     params: Params,
     prefix: Prefix,

@@ -94,7 +94,9 @@ class Osprey:
         decoder = dict(params["decoder"])
         if "layers" in decoder:
             params = {**params, "decoder": unstack_layers(decoder)}
-        if mesh is not None:
+        if mesh is None:
+            params = jax.device_put(params)
+        else:
             boxed = architecture.boxed_params(config, scan_layers=False, quantization=quantization)
             params = jax.device_put(params, param_shardings(boxed, mesh))
         self.config, self.tokenizer = config, tokenizer

@@ -23,8 +23,7 @@ import numpy as np
 
 from osprey_jax import engine
 from osprey_jax.engine import Asked, Network
-from osprey_jax.generate import Features, Prefix, encode, prefill
-from osprey_jax.generate import _extend as extend
+from osprey_jax.generate import Features, Prefix, encode, extend, prefill
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.llama import Cache, init_cache
 from osprey_jax.models.osprey import Osprey, VisualTokens, apply
@@ -95,8 +94,9 @@ def recognize(
         return Recognition(label, probability, min(logprob, 0.0))
 
     results: list[list[Recognition]] = [[] for _ in asked]
-    for group in engine.groups([len(one.rest) for one in asked]):
-        for part in _group(network, [asked[number] for number in group], vocabulary):
+    fits = engine.capacity(network, asked, vocabulary.step * vocabulary.passes)
+    for group in engine.groups([len(one.rest) for one in asked], fits):
+        for part in _group(network, [asked[number] for number in group], vocabulary, fits):
             for number, ends in zip(group, part, strict=True):
                 results[number] += [named(*end) for end in ends]
     return results
@@ -106,16 +106,17 @@ End = tuple[int, float, float]
 """A node and what has led there: `Walk.log_probability` and `Walk.logprob`."""
 
 
-def _group(network: Network, asked: Sequence[Asked], vocabulary: Vocabulary) -> Iterator[list[list[End]]]:
+def _group(
+    network: Network, asked: Sequence[Asked], vocabulary: Vocabulary, fits: engine.Capacity
+) -> Iterator[list[list[End]]]:
     """Where walks end, in batches of regions: for each batch, those of every image."""
     features, image_tokens = network.run(encode, np.stack([one.prepared.pixels for one in asked]))
     ids, length = engine.padded([one.prefix for one in asked], engine.PREFIX_STEP, vocabulary.pad_id)
     prefix = network.run(prefill, ids, length, image_tokens, features)
-    most = max(len(one.rest) for one in asked)
-    each = math.ceil(most / math.ceil(most / engine.MAX_ROWS))
-    width = engine.row_bucket(each)
-    for first in range(0, most, each):
-        rests = [one.rest[first : first + each] for one in asked]
+    starts = engine.portions(asked, fits.rows)
+    width = engine.row_bucket(starts.step)
+    for first in starts:
+        rests = [one.rest[first : first + starts.step] for one in asked]
         filled = [ids for rest in rests for ids in [*rest, *[[vocabulary.pad_id]] * (width - len(rest))]]
         ids, length = engine.padded(filled, engine.SUFFIX_STEP, vocabulary.pad_id)
         number = np.arange(width)
@@ -147,7 +148,7 @@ def _finish(
             prefix,
             walk,
             vocabulary.trie,
-            enough=np.int32(engine._smaller(width)),
+            enough=np.int32(engine.smaller(width)),
             width=vocabulary.widths[1],
             step=vocabulary.step,
         )
@@ -161,8 +162,8 @@ def _finish(
         if left == 0:
             return [[found[number] for number in sorted(found)] for found in ends]
         narrower = width
-        while left <= engine._smaller(narrower):
-            narrower = engine._smaller(narrower)
+        while left <= engine.smaller(narrower):
+            narrower = engine.smaller(narrower)
         order = np.argsort(~running, axis=1, kind="stable")[:, :narrower]
         owner = np.take_along_axis(owner, order, axis=1)
         flat = (order + width * np.arange(len(order))[:, None]).reshape(-1)

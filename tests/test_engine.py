@@ -1,5 +1,6 @@
 """Batches of regions against the torch reference, which answers one at a time and knows no prefix."""
 
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from osprey_jax import checkpoint, engine, request, sharding
+from osprey_jax.models.llama import init_cache
 from osprey_jax.predictor import Osprey
 from osprey_jax.prompt import PROTOCOLS, REGION, Tokenizer
 from tests.parity import reference
@@ -182,6 +184,24 @@ def test_a_thousand_regions_cost_one_image_and_one_prefix(two: Two, calls: Calls
     expected = [two.expected(IMAGE, masks[spot], 3) for spot in spots]
     assert len({tuple(ids) for ids in expected}) > 3
     assert [found[spot].token_ids for spot in spots] == expected
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_batches_are_such_that_all_caches_fit_the_device(
+    two: Two, calls: Calls, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    limit, prompt = 12, two.ours.tokenize(SHORT)
+    before = prompt.index(two.tokenizer.mask_id)
+    prefix = before - 1 + two.config.vision.num_image_tokens
+    slots = prefix + rows * 2 * (len(prompt) - before + limit)
+    caches = jax.eval_shape(lambda: init_cache(two.config.decoder, 1, slots, dtype="float32"))
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((caches.keys, caches.values)))
+    size = sum(x.nbytes for x in jax.tree.leaves(two.ours.params)) + 2 * needed
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": size})
+    monkeypatch.setattr(engine.jax, "local_devices", lambda: [device])
+    found = two.ours.generate(IMAGE, MASKS, SHORT, max_new_tokens=limit)
+    assert max(calls.rows) == rows
+    assert [one.token_ids for one in found] == [two.expected(IMAGE, mask, limit) for mask in MASKS]
 
 
 def test_a_stop_text_ends_its_own_answer_alone(two: Two) -> None:

@@ -182,7 +182,7 @@ def test_regions_of_several_images_equal_each_alone(two: Two, monkeypatch: pytes
     alone = [[two.ours.classify(image, mask[None], LABELS)[0] for mask in masks] for image, masks in items]
     assert len({one.label for image in alone for one in image}) > 1
     for most in (engine.MAX_ROWS, 8):
-        monkeypatch.setattr(engine, "MAX_ROWS", most)
+        monkeypatch.setattr(engine, "capacity", lambda *_, most=most: engine.Capacity(rows=most))
         together = recognize.recognize(two.ours.network, asked, Vocabulary(LABELS, two.tokenizer))
         for found, expected in zip(together, alone, strict=True):
             assert [one.label for one in found] == [one.label for one in expected]
