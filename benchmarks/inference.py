@@ -34,24 +34,11 @@ import numpy as np
 
 from benchmarks import inference_probes as probes
 from benchmarks.inference_report import report
-from benchmarks.precision import ellipses, synthetic_image
+from benchmarks.synthetic import SIZES, ellipses, load_tokenizer, random_params, synthetic_image
 from osprey_jax import Osprey
-from osprey_jax.config import DecoderConfig, OspreyConfig, VisionConfig, osprey_7b
 from osprey_jax.prompt import PROTOCOLS, Tokenizer, tokenize
 from osprey_jax.typing import Params
 
-SIZES = {
-    # ConvNeXt-L at 512 pixels and a decoder of 0.17 billion parameters, embeddings included.
-    "small": OspreyConfig(
-        decoder=DecoderConfig(dim=1024, ffn_dim=2752, num_layers=8, num_heads=8, num_kv_heads=8)
-    ),
-    "7b": osprey_7b(),
-    # To see in a minute whether this file works.
-    "tiny": OspreyConfig(
-        vision=VisionConfig(image_size=128, depths=(1, 1, 2, 1), dims=(16, 32, 48, 64)),
-        decoder=DecoderConfig(dim=64, ffn_dim=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16),
-    ),
-}
 PROMPT = PROTOCOLS["demo_short"].prompt()
 Tokens = list[list[int]]
 
@@ -96,22 +83,8 @@ def model_of(args: argparse.Namespace, tokenizer: Tokenizer, params: Params | No
     """Our model; without parameters given, with random ones made on the device."""
     config = SIZES[args.size]
     if params is None:
-        params = probes.random_params(config, args.dtype, eos_id=tokenizer.eos_id, quantization=args.quantize)
-    # Without the option also for a model that knows none.
-    low = {"quantization": args.quantize} if args.quantize else {}
-    return Osprey(config, params, tokenizer, dtype=args.dtype, **low)
-
-
-def load_tokenizer(directory: str | None) -> Tokenizer:
-    """A real one of 32,000 pieces: from a directory, or the one that mistral-common carries."""
-    if directory is not None:
-        return Tokenizer.load(directory)
-    import mistral_common
-
-    with tempfile.TemporaryDirectory() as copy:
-        source = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-        (Path(copy) / "tokenizer.model").write_bytes(source.read_bytes())
-        return Tokenizer.load(copy)
+        params = random_params(config, args.dtype, eos_id=tokenizer.eos_id, quantization=args.quantize)
+    return Osprey(config, params, tokenizer, dtype=args.dtype, quantization=args.quantize)
 
 
 def scene(regions: int) -> tuple[np.ndarray, np.ndarray]:

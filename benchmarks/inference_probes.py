@@ -14,11 +14,8 @@ import jax.numpy as jnp
 from jax import monitoring
 
 from osprey_jax import engine
-from osprey_jax.checkpoint import flatten, unflatten
-from osprey_jax.config import OspreyConfig
 from osprey_jax.models.convnext import ConvNeXt
 from osprey_jax.models.llama import Cache, Llama
-from osprey_jax.models.osprey import abstract_params, init_params
 from osprey_jax.typing import Params
 
 STAGES = {"encode": "tower", "prefill": "prefix", "begin": "suffix", "decode": "decode", "resize": "decode"}
@@ -205,30 +202,3 @@ def machine_limits(dtype: str) -> dict[str, float]:
         "copy_bytes_per_s": rate(2 * numbers.nbytes, lambda x: x * 2, numbers),
         "flops_per_s": rate(2 * side**3, jnp.matmul, square, square),
     }
-
-
-def random_params(config: OspreyConfig, dtype: str, *, eos_id: int, quantization: str | None) -> Params:
-    """Fresh parameters made on the device, the extractor's in float32, the others of `dtype`.
-
-    The head gives the logit 0 to `eos_id`, below the largest of the others. `quantization` is as in
-    `Osprey`.
-    """
-
-    @jax.jit
-    def make(key: jax.Array) -> Params:
-        params = init_params(config, key)
-        head = params["decoder"]["lm_head"]["kernel"]
-        params["decoder"]["lm_head"]["kernel"] = head.at[:, eos_id].set(0.0)
-        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        return {**cast, "extractor": params["extractor"]}
-
-    leaves = flatten(make(jax.random.key(0)))
-    if quantization is None:
-        return unflatten(leaves)
-    from osprey_jax import quantize
-
-    targets = flatten(abstract_params(config, dtype, quantization=quantization))
-    for path in list(leaves):
-        if (scale := quantize.scale_path(path)) in targets:
-            leaves[path], leaves[scale] = quantize.quantize_leaf(leaves[path], targets[path], targets[scale])
-    return unflatten(leaves)

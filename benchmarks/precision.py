@@ -1,23 +1,27 @@
 """What low precision costs, against float32, on one checkpoint: a row for bfloat16 and each quantisation.
 
-    python benchmarks/precision.py --checkpoint D [--image photo.jpg | --shapes 4] [--tokens 32]
+    python -m benchmarks.precision --checkpoint D [--image photo.jpg | --shapes 4] [--tokens 32]
+    python -m benchmarks.precision --random small
 
 Asks the demo's short question about random ellipses of the image (a synthetic one by default) or about the
 regions of N held-out scenes of `data_pipelines/shapes`, and compares with float32: logits over the prompt
 with float32's answer behind it, the likeliest token at each place of that answer (given the same beginning),
 and the answers that each gives on its own. Prints a table in Markdown; a logit error is a region's largest
-one over its largest logit. Quantised models compute in float32
-otherwise; MiB are those of all parameters in memory, with half a byte for four bits.
+one over its largest logit. Quantised models compute in float32 otherwise; MiB are those of all parameters in
+memory, with half a byte for four bits.
 """
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from benchmarks.synthetic import SIZES, ellipses, load_tokenizer, random_params, synthetic_image
 from data_pipelines.shapes import Shapes
 from osprey_jax import Osprey
+from osprey_jax.checkpoint import save_params
 from osprey_jax.image import load_image
 from osprey_jax.predictor import Generation
 from osprey_jax.prompt import PROTOCOLS
@@ -26,20 +30,6 @@ from osprey_jax.quantize import SCHEMES
 PROMPT = PROTOCOLS["demo_short"].prompt()
 Asked = Sequence[tuple[np.ndarray, np.ndarray]]
 """Images with their masks."""
-
-
-def synthetic_image(rng: np.random.Generator) -> np.ndarray:
-    """A `(480, 640, 3)` uint8 picture of blurred blocks and noise."""
-    blocks = np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((80, 80, 1)))
-    return np.clip(blocks + rng.normal(0, 12, blocks.shape), 0, 255).astype(np.uint8)
-
-
-def ellipses(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
-    """Random ellipses as `(count, height, width)` bool masks."""
-    rows, columns = np.mgrid[:height, :width]
-    y, x = rng.uniform(0.1, 0.9, (2, count)) * np.array([[height], [width]])
-    b, a = rng.uniform(0.03, 0.3, (2, count)) * np.array([[height], [width]])
-    return np.stack([((rows - y[i]) / b[i]) ** 2 + ((columns - x[i]) / a[i]) ** 2 < 1 for i in range(count)])
 
 
 def held_out(size: int, count: int) -> Asked:
@@ -72,15 +62,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True)
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--checkpoint", metavar="DIR")
+    weights.add_argument("--random", choices=SIZES, help="random weights of this size instead")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image")
     source.add_argument("--shapes", type=int, metavar="N", help="ask about N held-out scenes")
     parser.add_argument("--regions", type=int, default=16, help="ellipses of the image")
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args()
+    if args.checkpoint:
+        compare(args.checkpoint, args)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        config, tokenizer = SIZES[args.random], load_tokenizer(None)
+        params = random_params(config, "float32", eos_id=tokenizer.eos_id, quantization=None)
+        save_params(f"{directory}/random", params, config, tokenizer)
+        del params
+        compare(f"{directory}/random", args)
 
-    whole = Osprey.load(args.checkpoint, dtype="float32")
+
+def compare(checkpoint: str, args: argparse.Namespace) -> None:
+    """Compares all precisions of a checkpoint; prints the table."""
+    whole = Osprey.load(checkpoint, dtype="float32")
     if args.shapes:
         asked = held_out(whole.config.vision.image_size, args.shapes)
     else:
@@ -100,7 +104,7 @@ def main() -> None:
     for name in ("bfloat16", *SCHEMES):
         quantization = name if name in SCHEMES else None
         dtype = "float32" if quantization else name
-        rounded = Osprey.load(args.checkpoint, dtype=dtype, quantize=quantization)
+        rounded = Osprey.load(checkpoint, dtype=dtype, quantize=quantization)
         found = logits(rounded, asked, answers)
         errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, exact, strict=True)]
         same = sum(
