@@ -64,6 +64,12 @@ class Images:
             told = name if len(name) <= 200 else f"{name[:200]}…"
             raise type(error)(f"cannot read the image {told} in {self._root}: {error.strerror}") from None
 
+    def members(self) -> Iterator[str]:
+        """Names of what is in the archives; of an archive of one folder, without that folder's name."""
+        wrappings = [wrapping for wrapping in self._wrappings if wrapping]
+        for name in map(os.fsdecode, self._names):
+            yield name.removeprefix(next(filter(name.startswith, wrappings), ""))
+
     def key(self, name: str) -> str:
         """A name of the file that is the same for all that lead to it; whether there is one isn't looked at.
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -11,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from osprey_jax import figure
 from osprey_jax.image import load_image
 from osprey_jax.masks import encode_rle
 from osprey_jax.predictor import Osprey
-from osprey_jax.prompt import PROTOCOLS, REGION
+from osprey_jax.prompt import PROTOCOLS
 from osprey_jax.region_files import Regions, read_regions
+from osprey_jax.region_lines import encode, mask_box, region_line
 from osprey_jax.request import Level, request
 
 USAGE_ERROR = 2
@@ -127,15 +126,13 @@ def _run(args: argparse.Namespace) -> None:
     texts = list(tqdm(answers, total=count, unit="region", disable=count <= _FEW))
     question = args.question or PROTOCOLS[f"demo_{level}"].question
     assert question is not None, "the demo's protocols have questions"
-    records = _records(args.image, regions, question, texts)
+    lines = _lines(args.image, regions, question, texts)
     if args.output is None:
-        _print_table(records)
+        _print_table(lines)
     else:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with _replacing(args.output) as partial:
-            # What UTF-8 can't encode becomes \udXXX, which is JSON's own escape.
-            partial.write_bytes(lines.encode("utf-8", "backslashreplace"))
-        print(f"{len(records)} regions in {args.output}", file=sys.stderr)
+            partial.write_bytes(b"".join(map(encode, lines)))
+        print(f"{len(lines)} regions in {args.output}", file=sys.stderr)
     if args.figure is not None:
         picture = figure.draw_regions(image, regions.masks, texts)
         with _replacing(args.figure) as partial:
@@ -166,31 +163,20 @@ def _report_skipped(path: Path, regions: Regions) -> None:
             print(f"  {reason}", file=sys.stderr)
 
 
-def _records(image: Path, regions: Regions, question: str, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """One JSON object for each region, its keys in the order of `--help`."""
-    records = []
-    for mask, name, label, text in zip(regions.masks, regions.ids, regions.labels, texts, strict=True):
-        records.append(
-            {
-                "image": os.fspath(image),
-                "region": name,
-                **({} if label is None else {"label": label}),
-                "box": _box(mask),
-                "area": int(mask.sum()),
-                "segmentation": encode_rle(mask),
-                "question": question.replace(REGION, "<region>"),
-                "text": text,
-            }
+def _lines(image: Path, regions: Regions, question: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        region_line(
+            {"image": os.fspath(image)},
+            region=name,
+            label=label,
+            box=mask_box(mask),
+            area=int(mask.sum()),
+            segmentation=encode_rle(mask),
+            question=question,
+            answer={"text": text},
         )
-    return records
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    """x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
-    if not mask.any():
-        return [0, 0, 0, 0]
-    (ys,), (xs,) = np.nonzero(mask.any(1)), np.nonzero(mask.any(0))
-    return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1]
+        for mask, name, label, text in zip(regions.masks, regions.ids, regions.labels, texts, strict=True)
+    ]
 
 
 def _print_table(records: Sequence[dict[str, Any]]) -> None:

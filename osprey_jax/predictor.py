@@ -286,10 +286,16 @@ class Osprey:
         question, unless given, is that of the original's LVIS evaluation.
         """
         known = labels if isinstance(labels, Vocabulary) else Vocabulary(labels, self.tokenizer)
-        prompt = PROTOCOLS["lvis_paco"].prompt(None if question is None else checked_question(question))
-        asked = self._asked(self.prepare(image, masks), (prompt,))
-        [found] = recognize(self.network, [asked], known, threshold=threshold, min_logprob=min_logprob)
+        limits = {"threshold": threshold, "min_logprob": min_logprob}
+        [found] = self.recognize([self.prepare(image, masks)], known, question=question, **limits)
         return found
+
+    def recognize(
+        self, prepared: Sequence[Prepared], labels: Vocabulary, *, question: str | None, **limits: float
+    ) -> list[list[Recognition]]:
+        """`classify`, with its `limits`, of some images; batches are formed among these images alone."""
+        prompt = PROTOCOLS["lvis_paco"].prompt(None if question is None else checked_question(question))
+        return recognize(self.network, [self._asked(one, (prompt,)) for one in prepared], labels, **limits)
 
     def chat(
         self,

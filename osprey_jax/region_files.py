@@ -4,10 +4,9 @@ import dataclasses
 import json
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -50,7 +49,7 @@ def read_regions(
         return _from_json(files[0], image_size, image_name)
     if len(files) == 1:
         return _from_label_map(files[0], image_size)
-    masks = np.stack([_read_mask(path, image_size) for path in files])
+    masks = np.stack([single_mask(_one_channel(path, image_size), os.fspath(path)) for path in files])
     return Regions(masks, tuple(range(1, len(files) + 1)), tuple(path.stem for path in files))
 
 
@@ -61,7 +60,7 @@ def _files(paths: Sequence[str | os.PathLike]) -> list[Path]:
             inside = [p for p in path.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith(".")]
             if not inside:
                 raise ValueError(f"no PNG masks in the directory {path}")
-            files += sorted(inside, key=_natural)
+            files += sorted(inside, key=lambda path: natural(path.name))
         elif not path.exists():
             raise ValueError(f"no masks at {path}")
         elif path.suffix.lower() not in (".json", ".png"):
@@ -75,9 +74,10 @@ def _files(paths: Sequence[str | os.PathLike]) -> list[Path]:
     return files
 
 
-def _natural(path: Path) -> list[str | int]:
-    """Sorts `mask2` before `mask10`."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split("([0-9]+)", path.name)]
+def natural(name: str) -> list[str | int]:
+    """A key that sorts `mask2` before `mask10`."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if index % 2 else part.lower() for index, part in enumerate(parts)]
 
 
 def _from_json(path: Path, image_size: tuple[int, int], image_name: str) -> Regions:
@@ -163,7 +163,7 @@ def _decode(annotation: Any, image_size: tuple[int, int]) -> np.ndarray:
 
 
 def _from_label_map(path: Path, image_size: tuple[int, int]) -> Regions:
-    values = _read_png(path, image_size)
+    values = _one_channel(path, image_size)
     found = np.unique(values[values != 0])
     if found.size == 0:
         raise ValueError(f"{path} is zero everywhere: it holds no region")
@@ -172,29 +172,38 @@ def _from_label_map(path: Path, image_size: tuple[int, int]) -> Regions:
     return Regions(values == found[:, None, None], tuple(found.tolist()), (None,) * len(found))
 
 
-def _read_mask(path: Path, image_size: tuple[int, int]) -> np.ndarray:
-    values = _read_png(path, image_size)
+def _one_channel(path: Path, image_size: tuple[int, int]) -> np.ndarray:
+    values = read_png(path, os.fspath(path), image_size)
+    if values.ndim != 2:
+        raise ValueError(
+            f"{path} is a colour image of {values.shape[2]} channels; a mask or label map has one channel"
+        )
+    return values
+
+
+def read_png(file: Path | BinaryIO, name: str, size: tuple[int, int]) -> np.ndarray:
+    """`(h, w)` or, of a colour image, `(h, w, channels)` int32; of a palette its indices, not its colours.
+
+    Threads may read at the same time. Raises ValueError, which gives the file's `name`, for what can't be
+    read or is not of `size`.
+    """
+    try:
+        with Image.open(file, formats=("PNG",)) as image:
+            found = (image.height, image.width)
+            values = np.asarray(image) if found == tuple(size) else None
+    except Exception as error:  # Pillow's readers raise all kinds of exceptions on broken files
+        raise ValueError(f"cannot read {name}: {error}") from error
+    if values is None:
+        raise ValueError(f"{name} is {found} (height, width), the image is {tuple(size)}")
+    if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    return values.astype(np.int32)
+
+
+def single_mask(values: np.ndarray, name: str) -> np.ndarray:
+    """`(h, w)` bool of a file's `(h, w)` values; ValueError, which gives its `name`, for several beside 0."""
     found = np.unique(values)
     if np.count_nonzero(found) > 1:
-        few = ", ".join(map(str, found[:5])) + (", …" if found.size > 5 else "")
-        raise ValueError(f"{path} holds the values {few}; each of several PNGs must be one mask of 0 and 255")
+        few = ", ".join(map(str, found[:5].tolist())) + (", …" if found.size > 5 else "")
+        raise ValueError(f"{name} holds the values {few}; each of several PNGs must be one mask of 0 and 255")
     return values != 0
-
-
-def _read_png(path: Path, image_size: tuple[int, int]) -> np.ndarray:
-    """`(h, w)` values of a single channel; a palette's indices, not its colours."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG",)) as image:
-                size, mode = (image.height, image.width), image.mode
-                values = np.asarray(image) if size == tuple(image_size) else None
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if values is None:
-        raise ValueError(f"{path} is {size} (height, width), the image is {tuple(image_size)}")
-    if values.ndim == 3 and mode == "RGB" and (values == values[..., :1]).all():
-        values = values[..., 0]
-    if values.ndim != 2:
-        raise ValueError(f"{path} is a colour image ({mode}); a mask or label map has one channel")
-    return values.astype(np.int32)

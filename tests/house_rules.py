@@ -19,6 +19,7 @@ LAYERS = (
         "image",
         "masks",
         "region_files",
+        "region_lines",
         "figure",
         "quantize",
         "sharding",
@@ -38,7 +39,7 @@ LAYERS = (
 )
 """From the bottom up; a package's entry holds for what is in it, unless a longer entry does."""
 
-NUMPY_ONLY = ("config", "prompt", "image", "masks", "region_files", "figure")
+NUMPY_ONLY = ("config", "prompt", "image", "masks", "region_files", "region_lines", "figure")
 PIPELINES_MAY_USE = ("typing", "batch", *NUMPY_ONLY)
 MAY_USE_PIPELINES = ("train", "eval", "label", "demo")
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}

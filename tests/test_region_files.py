@@ -242,6 +242,12 @@ def test_a_truncated_png_is_refused(put) -> None:
         read_regions([path], (40, 60))
 
 
+def test_names_with_digits_that_are_no_numbers_are_sorted(put, tmp_path: Path) -> None:
+    for name in ("10", "2", "1²3", "1²"):
+        put(f"dir/{name}.png", SQUARE_MASK)
+    assert read_regions([tmp_path / "dir"], SIZE).labels == ("1²3", "1²", "2", "10")
+
+
 def test_missing_paths_and_empty_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no masks at .*gone\.json"):
         read_regions([tmp_path / "gone.json"], SIZE)

@@ -1,6 +1,7 @@
 """The command line of `python -m osprey_jax.label`."""
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from osprey_jax.label.job import Asked, label
 from osprey_jax.label.opening import open_input
 from osprey_jax.label.output import Output, read_run
 from osprey_jax.label.setting import model_version, version
+from osprey_jax.label.ways import Choice, Way, Words, read_labels
 from osprey_jax.predictor import Osprey
-from osprey_jax.prompt import PROTOCOLS, REGION
+from osprey_jax.prompt import PROTOCOLS, Tokenizer
 from osprey_jax.quantize import SCHEMES
-from osprey_jax.request import Level, Request, request
+from osprey_jax.request import Level, checked_question, request
+from osprey_jax.vocabulary import Vocabulary
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -28,6 +31,9 @@ INTERRUPTED = 130
 GIVE_UP_AFTER = 500
 FORMAT = 1
 """Of the lines."""
+WORDS_ALONE = ("level", "max_new_tokens", "temperature", "top_p", "seed", "stop")
+LABELS_ALONE = ("threshold", "min_logprob")
+"""Options without a meaning for the other way to answer."""
 
 _EXAMPLE = """\
 examples:
@@ -35,8 +41,10 @@ examples:
       --masks annotations/instances_val2017.json --output words --dry-run
   python -m osprey_jax.label --checkpoint checkpoints/osprey --images coco/val2017 \\
       --masks annotations/instances_val2017.json --output words --gallery
-The first tells how long the second will take. Killed wherever it may be, the same command goes on, and the
-files become the same, byte for byte, as without.
+  python -m osprey_jax.label --checkpoint checkpoints/osprey --images coco/val2017 \\
+      --masks annotations/instances_val2017.json --output names --labels names.txt --threshold 0.3
+The first tells how long the second will take; the third chooses among names of your own. Killed wherever it
+may be, the same command goes on, and the files become the same, byte for byte, as without.
 
 --images: a directory, a .tar of images, or a directory of .tar shards.
 --masks, one of:
@@ -57,6 +65,10 @@ one), box (x0, y0, x1, y1; the last two exclusive), area, segmentation (COCO RLE
 (natural logarithm of the answer's probability), logprobs (of each token, the end included), model and prompt
 (short names of their versions). Images and regions that can't be used are in skipped-00000-of-00004.jsonl,
 with the reason. run.json has the setting; with another one the output is refused.
+
+With --labels, text is one of the file's labels (one a line, in UTF-8; empty lines don't count), or null below
+--threshold or --min-logprob. Instead of logprobs there is probability: the likeliest label's, where those of
+all labels sum to one. logprob is, as without, the answer's among all that the model may say.
 
 Several hosts write one output: each runs the command with its own --host 0/4, 1/4, ….
 """
@@ -98,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help='asked of each region, as in "What colour is <region>?"',
     )
+    add("--labels", metavar="FILE", help="each region gets one of these labels, instead of words; see below")
+    add(
+        "--threshold",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="no label below this probability; default: 0",
+    )
+    add(
+        "--min-logprob",
+        type=float,
+        default=-math.inf,
+        metavar="L",
+        help="nor below this logprob; default: -inf",
+    )
     add(
         "--max-new-tokens",
         type=int,
@@ -135,7 +162,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    asked, setting = _asked(args)
+    if args.labels is None:
+        _refuse(args, LABELS_ALONE, "without")
+    else:
+        _refuse(args, WORDS_ALONE, "with")
     host, hosts = _host(args.host)
     if args.output is None and not args.dry_run:
         raise ValueError("where to? give --output, or --dry-run")
@@ -146,13 +176,14 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"no checkpoint directory {args.checkpoint}")
     if args.data is not None and (args.images is not None or args.masks):
         raise ValueError("give --data, or --images with --masks, not both")
+    way, question, setting = _words(args) if args.labels is None else _choice(args)
     data = open_input(images=args.images, masks=args.masks, data=args.data)
     for sentence in data.left_out:
         print(f"warning: {sentence}", file=sys.stderr)
     output = None if args.output is None else as_path(args.output)
     plan = _plan(args.shards, data, output, hosts)
     model = model_version(checkpoint)
-    asked = Asked(asked.request, asked.question, {"model": model, "prompt": version(setting)})
+    asked = Asked(way, question, {"model": model, "prompt": version(setting)})
     run = {
         "setting": {
             "format": FORMAT,
@@ -163,7 +194,7 @@ def _run(args: argparse.Namespace) -> None:
             "model": model,
             "prompt": setting,
         },
-        "of": {name: getattr(args, name) for name in ("checkpoint", "images", "masks", "data")},
+        "of": {name: getattr(args, name) for name in ("checkpoint", "images", "masks", "data", "labels")},
         "prompt": asked.versions["prompt"],
     }
     if args.dry_run:
@@ -190,10 +221,16 @@ def _run(args: argparse.Namespace) -> None:
         print(f"gallery in {args.gallery or path}", file=sys.stderr)
 
 
-def _asked(args: argparse.Namespace) -> tuple[Asked, dict[str, Any]]:
-    """What is asked, and all that answers depend on beside the model: the place for other ways to answer."""
+def _refuse(args: argparse.Namespace, names: Sequence[str], how: str) -> None:
+    usual = _parser().get_default
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != usual(name)]:
+        raise ValueError(f"{', '.join(given)} can't be given {how} --labels")
+
+
+def _words(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
+    """The way to answer, the question, and all that answers depend on beside the model."""
     level: Level = args.level or "short"
-    asked: Request = request(
+    asked = request(
         level,
         question=args.question,
         max_new_tokens=args.max_new_tokens,
@@ -212,10 +249,42 @@ def _asked(args: argparse.Namespace) -> tuple[Asked, dict[str, Any]]:
         "top_p": args.top_p,
         "seed": args.seed,
         "stop": args.stop,
-        "dtype": args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
-        "quantize": args.quantize,
+        **_precision(args),
     }
-    return Asked(asked, question.replace(REGION, "<region>"), {}), setting
+    return Words(asked), question, setting
+
+
+def _choice(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
+    """As `_words`, where regions get labels."""
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold is a probability, from 0 to 1, not {args.threshold}")
+    if not args.min_logprob <= 0:
+        raise ValueError(f"--min-logprob is a probability's logarithm, 0 at most, not {args.min_logprob}")
+    protocol = PROTOCOLS["lvis_paco"]
+    prompt = protocol.prompt(None if args.question is None else checked_question(args.question))
+    question = args.question or protocol.question
+    assert question is not None, "this protocol has a question"
+    path = as_path(args.labels)
+    labels = read_labels(path)
+    tokenizer = Tokenizer.load(args.checkpoint)
+    try:
+        vocabulary = Vocabulary(labels, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    setting = {
+        "text": prompt,
+        "labels": {"count": len(labels), "version": version(labels)},
+        "threshold": args.threshold,
+        "min_logprob": None if args.min_logprob == -math.inf else args.min_logprob,
+        **_precision(args),
+    }
+    limits = {"threshold": args.threshold, "min_logprob": args.min_logprob}
+    return Choice(vocabulary, args.question, limits), question, setting
+
+
+def _precision(args: argparse.Namespace) -> dict[str, Any]:
+    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return {"dtype": args.dtype or usual, "quantize": args.quantize}
 
 
 def _load(args: argparse.Namespace) -> Osprey:

@@ -3,8 +3,9 @@
 import time
 
 from osprey_jax.label.inputs import Input
-from osprey_jax.label.job import Answerer, Asked, NothingWorks, Unit, run_units, to_part
+from osprey_jax.label.job import Asked, NothingWorks, Unit, run_units, to_part
 from osprey_jax.label.plan import Plan
+from osprey_jax.label.ways import Answerer
 
 SAMPLE = 4
 """Units, spread over all of them."""
@@ -25,11 +26,11 @@ def estimate(osprey: Answerer, data: Input, plan: Plan, asked: Asked, *, hosts: 
             first = part.skipped_lines.decode().splitlines()[0]
 
     start = time.monotonic()
-    run_units(osprey, data, plan, units, asked.request, keep)
+    run_units(osprey, data, plan, units, asked.way, keep)
     cold = time.monotonic() - start
     parts.clear()
     start = time.monotonic()
-    run_units(osprey, data, plan, units, asked.request, keep)
+    run_units(osprey, data, plan, units, asked.way, keep)
     seconds = time.monotonic() - start
     images, regions = sum(part.images for part in parts), sum(part.regions for part in parts)
     skipped = sum(part.skipped for part in parts)

@@ -1,11 +1,10 @@
 """Files by name, out of a directory, a tar, a directory of tars or a bucket."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from data_pipelines.images import Images, open_images
+from data_pipelines.images import open_images
 from osprey_jax.directories import as_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -40,7 +39,11 @@ class _Local:
         self._path, self._images = path, open_images(path)
 
     def names(self, *suffixes: str) -> list[str]:
-        found = {name for name in _members(self._images) if name.lower().endswith(suffixes)}
+        found = {
+            name
+            for name in self._images.members()
+            if name.lower().endswith(suffixes) and not os.path.basename(name).startswith(".")
+        }
         if self._path.is_dir():
             for folder, folders, files in os.walk(self._path):
                 folders[:] = [name for name in folders if not name.startswith(".")]
@@ -52,15 +55,6 @@ class _Local:
 
     def read(self, name: str) -> bytes:
         return self._images.read(name)
-
-
-def _members(images: Images) -> Iterator[str]:
-    """What is in the archives; of an archive of one folder, without that folder's name."""
-    wrappings = [wrapping for wrapping in images._wrappings if wrapping]
-    for name in map(os.fsdecode, images._names):
-        if not os.path.basename(name).startswith("."):
-            wrapping = next((top for top in wrappings if name.startswith(top)), "")
-            yield name.removeprefix(wrapping)
 
 
 class _Bucket:

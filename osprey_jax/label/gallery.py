@@ -37,11 +37,11 @@ def write_gallery(path: Path, output: Path, data: Input) -> None:
     if not found:
         raise ValueError(f"{output} has no lines to show")
     cards = "\n".join(_card(lines, data) for lines in found)
-    run = read_run(output) or {}
+    of = (read_run(output) or {}).get("of", {})
     first = found[0][0]
     facts = (
         ("question", first["question"]),
-        ("checkpoint", run.get("of", {}).get("checkpoint", "")),
+        *((name, of[name]) for name in ("labels", "checkpoint") if of.get(name)),
         ("images", f"{len(found):,} of {len(data):,}"),
     )
     told = "".join(
@@ -177,13 +177,15 @@ def _within(point: tuple[float, float], size: tuple[int, int], margin: float) ->
 def _entry(number: int, line: Mapping[str, Any]) -> str:
     label = f'<span class="label">{html.escape(str(line["label"]))}</span>' if "label" in line else ""
     empty = "" if line["area"] else '<span class="label">empty mask</span>'
-    sure = ""
+    share, of_what = line.get("probability"), "probability among the labels"
     if line.get("logprobs"):
         share = math.exp(sum(line["logprobs"]) / len(line["logprobs"]))
-        sure = f'<span class="sure" title="mean probability of its tokens">{share:.0%}</span>'
+        of_what = "mean probability of its tokens"
+    sure = "" if share is None else f'<span class="sure" title="{of_what}">{share:.0%}</span>'
+    text = "<i>no label</i>" if line["text"] is None else html.escape(line["text"]) or "<i>nothing</i>"
     return (
         f'<li data-n="{number}"><b style="--c:{_colour(number - 1)};--i:{_ink(number - 1)}">{number}</b>'
-        f"<span>{html.escape(line['text']) or '<i>nothing</i>'}{label}{empty}</span>{sure}</li>"
+        f"<span>{text}{label}{empty}</span>{sure}</li>"
     )
 
 

@@ -3,48 +3,32 @@
 import collections
 import dataclasses
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from data_pipelines.reasons import message
 from osprey_jax.engine import Prepared
 from osprey_jax.label.inputs import Fault, Input, Region
-from osprey_jax.label.lines import encode, mask_box, region_line
 from osprey_jax.label.output import Output, Part
 from osprey_jax.label.plan import Plan
+from osprey_jax.label.ways import Answerer, Way
 from osprey_jax.masks import decode_rles
-from osprey_jax.predictor import Generation
-from osprey_jax.request import Request
+from osprey_jax.region_lines import encode, mask_box, region_line
 
 AHEAD = 2
 """Units that are read while one is answered, and units that wait to be written."""
-DIGITS = 5
-"""Of log-probabilities."""
-
-
-class Answerer(Protocol):
-    """What is needed of `Osprey`."""
-
-    def prepare(self, image: Any, masks: Any) -> Prepared:
-        """Called from several threads."""
-        ...
-
-    def answer(self, prepared: Sequence[Prepared], asked: Request) -> list[list[Generation]]:
-        """Depends on its arguments alone, bit for bit."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What is asked of every region, and what lines say of it."""
 
-    request: Request
+    way: Way
     question: str
     versions: Mapping[str, str]
     """Of the model and of the prompt, for every line."""
@@ -69,7 +53,7 @@ class Unit:
 
     number: int
     images: Sequence[Image]
-    answers: Sequence[Sequence[Generation]]
+    answers: Sequence[Sequence[Any]]
     """Of the images that have regions."""
 
 
@@ -106,7 +90,7 @@ def label(
                 output.add(*places[number], ready)
             advance(plan.images(unit.number), part)
 
-        run_units(osprey, data, plan, list(places), asked.request, write)
+        run_units(osprey, data, plan, list(places), asked.way, write)
         worked = any(note.regions for note in output.notes.values())
         for number, part in held.rest(worked=worked):
             output.add(*places[number], part)
@@ -120,7 +104,7 @@ def run_units(
     data: Input,
     plan: Plan,
     units: Iterable[int],
-    request: Request,
+    way: Way,
     done: Callable[[Unit], None],
 ) -> None:
     """Reads and answers units; `done` is called for one after another, in a thread of its own."""
@@ -130,7 +114,7 @@ def run_units(
     try:
         for unit, images in _read_ahead(readers, osprey, data, plan, units):
             prepared = [image.prepared for image in images if image.prepared is not None]
-            answers = osprey.answer(prepared, request) if prepared else []
+            answers = way.answers(osprey, prepared) if prepared else []
             waiting.append(writer.submit(done, Unit(unit, images, answers)))
             if len(waiting) > AHEAD:
                 waiting.popleft().result()
@@ -186,7 +170,7 @@ def to_part(unit: Unit, asked: Asked) -> Part:
             region = {} if fault.region is None else {"region": fault.region}
             skipped.append(encode({**image.source, **region, "reason": fault.reason}))
         said = next(answers) if image.prepared is not None else []
-        for region_, box, area, generation in zip(image.regions, image.boxes, image.areas, said, strict=True):
+        for region_, box, area, answer in zip(image.regions, image.boxes, image.areas, said, strict=True):
             line = region_line(
                 image.source,
                 region=region_.id,
@@ -195,19 +179,10 @@ def to_part(unit: Unit, asked: Asked) -> Part:
                 area=area,
                 segmentation=region_.segmentation,
                 question=asked.question,
-                text=asked.request.keep(generation.text),
-                more={
-                    "logprob": _rounded(math.fsum(generation.logprobs)),
-                    "logprobs": [_rounded(value) for value in generation.logprobs],
-                    **asked.versions,
-                },
+                answer={**asked.way.told(answer), **asked.versions},
             )
             lines.append(encode(line))
     return Part(b"".join(lines), b"".join(skipped), len(unit.images), len(lines), len(skipped))
-
-
-def _rounded(value: float) -> float:
-    return round(value, DIGITS) + 0.0  # so that there is no -0.0
 
 
 class _Held:

@@ -5,17 +5,16 @@ import hashlib
 import io
 import os
 import posixpath
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from osprey_jax.image import load_image
 from osprey_jax.label.folders import IMAGE_SUFFIXES, Folder
 from osprey_jax.label.inputs import Fault, Picture, Region
 from osprey_jax.masks import encode_rle
+from osprey_jax.region_files import natural, read_png, single_mask
 
 
 class Pngs:
@@ -49,7 +48,7 @@ class Pngs:
                 f"{next(iter(stems.values()))}"
             )
         self._images, self._masks = images, masks
-        self._listed = [(stems[stem], tuple(sorted(found[stem], key=_natural))) for stem in sorted(found)]
+        self._listed = [(stems[stem], tuple(sorted(found[stem], key=natural))) for stem in sorted(found)]
         text = "\n".join(name for image, masks in self._listed for name in (image, *masks))
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -78,7 +77,7 @@ class Pngs:
         for number, name in enumerate(names, 1):
             label = posixpath.splitext(name)[0].removeprefix(stem)[1:]
             try:
-                mask = read_mask(self._masks.read(name), name, size)
+                mask = single_mask(read_ids(self._masks.read(name), name, size), name)
             except (ValueError, OSError) as error:
                 faults.append(Fault(number, str(error)))
             else:
@@ -99,33 +98,17 @@ def _stem(mask: str, stems: Mapping[str, str]) -> str | None:
     return None
 
 
-def _natural(name: str) -> list[str | int]:
-    """Sorts `mask2` before `mask10`."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split("([0-9]+)", name)]
-
-
 def read_ids(data: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
     """`(h, w)` int32 of a label map, or of panoptic colours as R + 256 G + 65536 B.
 
     Raises ValueError, which names the file, for what is neither, or not of `size`.
     """
-    values = _read_png(data, name, size).astype(np.int32)
+    values = read_png(io.BytesIO(data), name, size)
     if values.ndim == 2:
         return values
     if values.shape[2] != 3:
         raise ValueError(f"{name} has {values.shape[2]} channels; ids have one, or three as panoptic colours")
-    if (values == values[..., :1]).all():
-        return values[..., 0]
     return values @ np.array([1, 256, 65536], np.int32)
-
-
-def read_mask(data: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
-    """`(h, w)` bool of a PNG of one value beside 0; raises ValueError as `read_ids`."""
-    ids = read_ids(data, name, size)
-    if len(found := np.unique(ids[ids != 0])) > 1:
-        few = ", ".join(map(str, found[:5].tolist())) + (", …" if len(found) > 5 else "")
-        raise ValueError(f"{name} holds the values {few} beside 0; each of several PNGs must be one mask")
-    return ids != 0
 
 
 def segment(ids: np.ndarray, value: int) -> dict[str, Any]:
@@ -134,16 +117,3 @@ def segment(ids: np.ndarray, value: int) -> dict[str, Any]:
     if not mask.any():
         raise ValueError(f"no pixel has its id {value}")
     return encode_rle(mask)
-
-
-def _read_png(data: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
-    """`(h, w)` or `(h, w, channels)` as stored; a palette's indices, not its colours."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            found = (image.height, image.width)
-            values = np.asarray(image) if found == size else None
-    except Exception as error:  # Pillow's readers raise all kinds of exceptions on broken files
-        raise ValueError(f"cannot read {name}: {error}") from error
-    if values is None:
-        raise ValueError(f"{name} is {found} (height, width), the image is {size}")
-    return values

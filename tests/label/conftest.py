@@ -1,16 +1,23 @@
-"""A stand-in for the model, and the command with it."""
+"""A stand-in for the model, the command with it, and a small model."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from osprey_jax.checkpoint import save_params
+from osprey_jax.config import DecoderConfig, ExtractorConfig, OspreyConfig, VisionConfig
 from osprey_jax.label import command, plan
+from osprey_jax.models.osprey import abstract_params
+from osprey_jax.prompt import Tokenizer
 from tests.label.data_files import coco
 from tests.label.stand_in import UNIT_IMAGES, StandIn
 
 Run = Callable[..., int]
+PIECES = Path(__file__).parents[1] / "golden" / "small.model"
 
 
 @pytest.fixture
@@ -27,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    (tmp_path / "checkpoint" / "tokenizer.model").write_bytes(PIECES.read_bytes())
     coco(tmp_path)
     return tmp_path
 
@@ -39,6 +47,30 @@ def run(stand_in: StandIn) -> Run:
         return command.main(list(map(str, given)))
 
     return started
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(PIECES.read_bytes())
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    config = OspreyConfig(
+        vision=VisionConfig(image_size=32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 16)),
+        extractor=ExtractorConfig(dim=16, position_size=16),
+        decoder=DecoderConfig(
+            vocab_size=400, dim=32, ffn_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16
+        ),
+        mask_token_id=tokenizer.mask_id,
+        position_token_id=tokenizer.position_id,
+    )
+    rng = np.random.default_rng(0)
+    # Loud, so that words differ from mask to mask.
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), abstract_params(config)
+    )
+    save_params(folder / "checkpoint", params, config, tokenizer)
+    return folder / "checkpoint"
 
 
 def lines(output: str | Path, kind: str = "labels") -> list[dict]:

@@ -11,7 +11,9 @@ import numpy as np
 
 from osprey_jax.label import command, plan
 from osprey_jax.predictor import Generation
+from osprey_jax.recognize import Recognition
 from osprey_jax.request import Request
+from osprey_jax.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT_IMAGES = 2
@@ -28,9 +30,13 @@ class StandIn:
     """Answers depend on image, mask, question and on what else is asked in one go."""
 
     loads: list[tuple[Any, ...]]
+    calls: int
+    interrupted_at: int | None
+    """The call in which Ctrl-C is pressed."""
 
     def __init__(self, delay: float = 0.0):
         self.loads, self.delay = [], delay
+        self.calls, self.interrupted_at = 0, None
 
     def load(self, directory: Any, dtype: str | None = None, *, quantize: str | None = None) -> "StandIn":
         self.loads.append((directory, dtype, quantize))
@@ -41,8 +47,14 @@ class StandIn:
         assert masks.shape[1:] == image.shape[:2]
         return Seen(int(image.sum()), masks.sum((1, 2)).tolist())
 
-    def answer(self, prepared: Sequence[Seen], asked: Request) -> list[list[Generation]]:
+    def _work(self) -> None:
         time.sleep(self.delay)
+        self.calls += 1
+        if self.calls == self.interrupted_at:
+            raise KeyboardInterrupt
+
+    def answer(self, prepared: Sequence[Seen], asked: Request) -> list[list[Generation]]:
+        self._work()
         together = sum(len(one.areas) for one in prepared)
         return [
             [
@@ -55,6 +67,26 @@ class StandIn:
             ]
             for one in prepared
         ]
+
+    def recognize(
+        self,
+        prepared: Sequence[Seen],
+        labels: Vocabulary,
+        *,
+        question: str | None,
+        threshold: float,
+        min_logprob: float,
+    ) -> list[list[Recognition]]:
+        self._work()
+        together = sum(len(one.areas) for one in prepared)
+
+        def recognition(area: int) -> Recognition:
+            number = (area + together + len(question or "")) % len(labels.labels)
+            probability, logprob = 1 / (1 + number / 3), -number - area / 7000
+            sure = probability >= threshold and logprob >= min_logprob
+            return Recognition(labels.labels[number] if sure else None, probability, logprob)
+
+        return [[recognition(area) for area in one.areas] for one in prepared]
 
 
 if __name__ == "__main__":

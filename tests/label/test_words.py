@@ -2,45 +2,14 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from osprey_jax.checkpoint import save_params
-from osprey_jax.config import DecoderConfig, ExtractorConfig, OspreyConfig, VisionConfig
 from osprey_jax.label import command, plan
-from osprey_jax.models.osprey import abstract_params
 from osprey_jax.predictor import Osprey
-from osprey_jax.prompt import Tokenizer
 from tests.label import data_files
 from tests.label.conftest import lines
 from tests.label.data_files import NAMES
-
-PIECES = Path(__file__).parents[1] / "golden" / "small.model"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.model").write_bytes(PIECES.read_bytes())
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    config = OspreyConfig(
-        vision=VisionConfig(image_size=32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 16)),
-        extractor=ExtractorConfig(dim=16, position_size=16),
-        decoder=DecoderConfig(
-            vocab_size=400, dim=32, ffn_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16
-        ),
-        mask_token_id=tokenizer.mask_id,
-        position_token_id=tokenizer.position_id,
-    )
-    rng = np.random.default_rng(0)
-    # Loud, so that words differ from mask to mask.
-    params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), abstract_params(config)
-    )
-    save_params(folder / "checkpoint", params, config, tokenizer)
-    return folder / "checkpoint"
 
 
 def test_words_and_probabilities_are_those_of_each_image_alone(

@@ -1,4 +1,4 @@
-"""A region with its words as a line of JSON."""
+"""A region and what was answered about it as a line of JSON (NumPy)."""
 
 import json
 from collections.abc import Mapping
@@ -18,10 +18,9 @@ def region_line(
     area: int,
     segmentation: Mapping[str, Any],
     question: str,
-    text: str,
-    more: Mapping[str, Any] | None = None,
+    answer: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What is said of a region, its keys in their order: `source`'s, then those of `--help`, then `more`."""
+    """What is said of a region, its keys in their order: those of `source` first, those of `answer` last."""
     return {
         **source,
         "region": region,
@@ -30,8 +29,7 @@ def region_line(
         "area": area,
         "segmentation": segmentation,
         "question": question.replace(REGION, "<region>"),
-        "text": text,
-        **(more or {}),
+        **answer,
     }
 
 
