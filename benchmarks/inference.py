@@ -4,7 +4,8 @@
     python -m benchmarks.inference --size 7b --dtype bfloat16 [--quantize int8] --no-torch    # on a GPU
 
 All answer the demo's short question greedily with the same random weights and give exactly `--tokens` tokens
-a region, for the head gives the end token the logit 0. Before anything is timed, their tokens must be equal.
+a region, for the head gives the end token the logit 0. Before anything is timed, the tokens of `--checked`
+regions must be equal in all ways, and those of all regions together in batches of all sizes.
 Then each round times, for each number of regions, one region in torch, one of ours alone and all of them in
 the engine, one after another. What a region costs alone doesn't depend on how many there are, so the two
 one-by-one ways are multiplied: 100 regions in torch are 100 times one, plus preprocessing the image once.

@@ -1,7 +1,8 @@
 """Converts checkpoints between the PyTorch release's layout and ours, in both directions.
 
     python convert_torch_ckpt.py SRC DST               a release directory, or a Hub id, to a checkpoint
-    python convert_torch_ckpt.py SRC DST --quantize int8                         to one in low precision
+    python convert_torch_ckpt.py SRC DST --quantize int8                         to one in low precision;
+                                                       SRC may be a checkpoint of ours as well
     python convert_torch_ckpt.py --decoder VICUNA --vision-tower open_clip.bin [--projector P.bin] DST
     python convert_torch_ckpt.py --to-torch SRC DST    a checkpoint to a release directory
 
@@ -86,6 +87,20 @@ def convert(
     if quantization is not None:
         structs = checkpoint.flatten(abstract_params(config, quantization=quantization))
         leaves = quantize.quantized_leaves(leaves, structs)
+    checkpoint.save_parts(destination, _parts(leaves), config, tokenizer, quantization=quantization)
+
+
+def to_low_precision(source: Path | str, destination: Path | str, quantization: str) -> None:
+    """Writes the checkpoint `source`, such as a training's export, once more in low precision.
+
+    Raises ValueError where `destination` exists, or `source` is quantised or no checkpoint.
+    """
+    _refuse_existing(destination)
+    config, tokenizer = checkpoint.load_config(source), Tokenizer.load(source)
+    if there := checkpoint.load_quantization(source):
+        raise ValueError(f"{source} is quantised ({there}) already; quantise the checkpoint it was made from")
+    structs = checkpoint.flatten(abstract_params(config, quantization=quantization))
+    leaves = quantize.quantized_leaves(checkpoint.load_leaves(source), structs)
     checkpoint.save_parts(destination, _parts(leaves), config, tokenizer, quantization=quantization)
 
 
@@ -220,7 +235,10 @@ def _local(source: Path | str) -> Path:
 def _read_fields(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if (directory / "params").is_dir():
-        raise ValueError(f"{directory} is an osprey-jax checkpoint already; --to-torch converts it back")
+        raise ValueError(
+            f"{directory} is an osprey-jax checkpoint already; --to-torch converts it back, "
+            "--quantize takes it to low precision"
+        )
     if not path.is_file():
         raise ValueError(f"no config.json in {directory}")
     fields = torch_files.read_json(path)
@@ -274,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.to_torch:
             to_torch(source, destination)
+        elif args.quantize and (Path(source) / "params").is_dir():
+            to_low_precision(source, destination, args.quantize)
         else:
             convert(
                 source, destination, vision_tower=args.vision_tower, projector=args.projector,

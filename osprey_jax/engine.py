@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from osprey_jax.generate import Features, Prefix, Rows, Sampler, begin, decode, encode, prefill, resize
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey
-from osprey_jax.sharding import use_mesh
+from osprey_jax.sharding import GENERATION_RULES, use_mesh
 from osprey_jax.typing import Float, Params
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Network(NamedTuple):
 
     def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """What a function of `generate` makes of this model."""
-        with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
+        with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh, GENERATION_RULES):
             return function(self.model, self.params, *args, **kwargs)
 
 
@@ -310,7 +310,7 @@ _region_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 def windows(prepared: Iterable[Prepared]) -> Iterator[list[Prepared]]:
-    """Images that are answered together; one that can't be prepared raises when those before it are done."""
+    """Images that are answered together; what `prepared` raises is raised when those before it are done."""
     window: list[Prepared] = []
     try:
         for one in _ahead(prepared, WINDOW_IMAGES):
@@ -319,7 +319,7 @@ def windows(prepared: Iterable[Prepared]) -> Iterator[list[Prepared]]:
             if len(window) == WINDOW_IMAGES or regions >= WINDOW_REGIONS:
                 yield window
                 window = []
-    except (ValueError, OSError):
+    except Exception:  # whatever the caller's iterable raises
         if window:
             yield window
         raise

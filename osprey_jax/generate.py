@@ -58,16 +58,17 @@ class TopP:
 
     def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
         """See `Sampler`."""
-        order = jnp.argsort(-logits, axis=-1)
-        ranked = jnp.take_along_axis(logits, order, axis=-1)
         # From the largest on, so that the smallest temperature can't overflow.
-        ranked = (ranked - ranked[:, :1]) / self.temperature
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
+        ranked = -jnp.sort(-scaled, axis=-1)
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The most likely token has nothing before it, so one token at least is kept.
-        ranked = jnp.where((before < self.top_p) | (before == 0), ranked, -jnp.inf)
-        rank = jax.random.categorical(key, ranked, axis=-1)
-        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        kept = (before < self.top_p) | (before == 0)
+        least = jnp.where(kept, ranked, jnp.inf).min(axis=-1, keepdims=True)
+        # Drawn by id: what is drawn for a token doesn't change where rounding makes two change ranks.
+        among = jnp.where(scaled >= least, scaled, -jnp.inf)
+        return jax.random.categorical(key, among, axis=-1).astype(jnp.int32)
 
 
 @flax.struct.dataclass
@@ -320,3 +321,24 @@ def _choose(
         logprobs=rows.logprobs.at[index, place].set(logprob, mode="drop"),
         length=length,
     )
+
+
+@partial(jax.jit, static_argnames="model")
+def mask_tokens(
+    model: Osprey, params: Params, images: Float[Array, "P Y X 3"], masks: MaskPyramid
+) -> Float[Array, "P R D"]:
+    """The regions' mask tokens."""
+    features = apply(model, params, Osprey.features, images)
+    return apply(model, params, Osprey.region_tokens, features, masks)[0]
+
+
+@partial(jax.jit, static_argnames="model")
+def logits(
+    model: Osprey,
+    params: Params,
+    images: Float[Array, "P Y X 3"],
+    masks: MaskPyramid,
+    input_ids: Int[Array, "P T"],
+) -> Float[Array, "P T V"]:
+    """Next-token logits over whole sequences."""
+    return apply(model, params, Osprey.__call__, images, masks, input_ids)

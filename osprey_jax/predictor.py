@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from osprey_jax import checkpoint, engine
 from osprey_jax.compilation_cache import use_compilation_cache
 from osprey_jax.config import OspreyConfig
 from osprey_jax.engine import Asked, Prepared
+from osprey_jax.generate import logits, mask_tokens
 from osprey_jax.image import ImageLike, load_image, preprocess
 from osprey_jax.masks import MaskPyramid, as_masks, mask_pyramid
 from osprey_jax.models import osprey as architecture
@@ -44,8 +44,8 @@ from osprey_jax.request import (
     request,
     said,
 )
-from osprey_jax.sharding import param_shardings
-from osprey_jax.typing import Array, ArrayLike, Float, Params
+from osprey_jax.sharding import GENERATION_RULES, param_shardings
+from osprey_jax.typing import ArrayLike, Float, Params
 from osprey_jax.vocabulary import Vocabulary
 
 Masks = ArrayLike | Iterable[ArrayLike]
@@ -98,7 +98,7 @@ class Osprey:
             params = jax.device_put(params)
         else:
             boxed = architecture.boxed_params(config, scan_layers=False, quantization=quantization)
-            params = jax.device_put(params, param_shardings(boxed, mesh))
+            params = jax.device_put(params, param_shardings(boxed, mesh, GENERATION_RULES))
         self.config, self.tokenizer = config, tokenizer
         model = architecture.Osprey(config, jnp.dtype(dtype), scan_layers=False, quantization=quantization)
         self.network = engine.Network(model, params, mesh)
@@ -123,7 +123,8 @@ class Osprey:
           quantize: low precision of the decoder's matrices: "int8" (weights), "int8_dynamic" (weights and
             activations) or "int4" (weights, in groups); they are quantised while they are read. A quantised
             checkpoint needs no such choice.
-          mesh: devices to split parameters and work over (`sharding.make_mesh`); each reads its own part.
+          mesh: devices to split parameters and work over (`sharding.make_mesh`): rows of a batch over `data`,
+            heads and widths over `fsdp` and `tensor`. Each reads its own part of the parameters.
         """
         use_compilation_cache()
         if dtype is None:
@@ -210,9 +211,11 @@ class Osprey:
         """`describe` of many images with their masks: yields one list for each, in their order.
 
         Regions of several images are answered together (`engine.WINDOW_IMAGES`); a thread takes the next
-        ones from `items`. What is wrong with an image is raised when those before it have been
-        yielded; the message has its number, from 0.
+        ones from `items`. What is wrong with an item, or raised by `items`, is raised when those before it
+        have been yielded; the message of a wrong item has its number, from 0.
         """
+        if isinstance(question, list | tuple):
+            raise ValueError("describe_many asks one question of all regions, got a list of them")
         asked = request(
             level,
             question=question,
@@ -231,7 +234,11 @@ class Osprey:
         return many()
 
     def _numbered(self, items: Iterable[tuple[ImageLike, Masks]]) -> Iterator[Prepared]:
-        for number, (image, masks) in enumerate(items):
+        for number, item in enumerate(items):
+            try:
+                image, masks = item
+            except (TypeError, ValueError):
+                raise ValueError(f"item {number} must be an image and its masks, got {item!r:.80}") from None
             try:
                 yield self.prepare(image, masks)
             except (ValueError, OSError) as error:
@@ -282,8 +289,9 @@ class Osprey:
     ) -> list[Recognition]:
         """Chooses one of `labels` for each region; a `Vocabulary` has been prepared for many images.
 
-        `threshold` and `min_logprob` bound what `Recognition` has; below them a region gets no label. The
-        question, unless given, is that of the original's LVIS evaluation.
+        `threshold` and `min_logprob` bound what `Recognition` has; below them a region gets no label. Where
+        a region may be none of the labels, `min_logprob` is what tells. The question, unless given, is that
+        of the original's LVIS evaluation; labels should be spelt as the model answers it.
         """
         known = labels if isinstance(labels, Vocabulary) else Vocabulary(labels, self.tokenizer)
         limits = {"threshold": threshold, "min_logprob": min_logprob}
@@ -333,8 +341,8 @@ class Osprey:
         ids = self._expand(prompt, regions=prepared.regions)
         # Padding is on the right, so causality alone keeps it out.
         padded, _ = engine.padded([ids], engine.PREFIX_STEP, self.tokenizer.pad_id)
-        logits = self.network.run(_logits, *_batch_of_one(prepared), padded)
-        return np.asarray(logits[0, : len(ids)])
+        found = self.network.run(logits, *_batch_of_one(prepared), padded)
+        return np.asarray(found[0, : len(ids)])
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, BOS first, -200 for `<image>`."""
@@ -345,7 +353,7 @@ class Osprey:
     def embed(self, image: ImageLike, masks: Masks) -> Float[np.ndarray, "R D"]:
         """Float32 mask tokens, one for each region: for retrieval and deduplication."""
         prepared = self.prepare(image, masks)
-        tokens = self.network.run(_mask_tokens, *_batch_of_one(prepared))
+        tokens = self.network.run(mask_tokens, *_batch_of_one(prepared))
         return np.asarray(tokens[0, : prepared.regions])
 
     def _asked(self, prepared: Prepared, prompts: tuple[str, ...]) -> Asked:
@@ -410,26 +418,14 @@ class Osprey:
         return ids[:place] + [IMAGE_TOKEN_ID] * self.config.vision.num_image_tokens + ids[place + 1 :]
 
 
-@partial(jax.jit, static_argnames="model")
-def _mask_tokens(model: architecture.Osprey, params: Params, images: Array, masks: MaskPyramid) -> Array:
-    features = architecture.apply(model, params, architecture.Osprey.features, images)
-    return architecture.apply(model, params, architecture.Osprey.region_tokens, features, masks)[0]
-
-
-@partial(jax.jit, static_argnames="model")
-def _logits(
-    model: architecture.Osprey, params: Params, images: Array, masks: MaskPyramid, input_ids: Array
-) -> Array:
-    return architecture.apply(model, params, architecture.Osprey.__call__, images, masks, input_ids)
-
-
 def _shapes(config: OspreyConfig, dtype: str, quantization: str | None, mesh: Mesh | None) -> Params:
     """Shapes, dtypes and places of the parameters of a checkpoint."""
     shapes = architecture.abstract_params(config, dtype, quantization=quantization)
     shapes = {**shapes, "extractor": architecture.abstract_params(config, "float32")["extractor"]}
     if mesh is None:
         return shapes
-    places = param_shardings(architecture.boxed_params(config, quantization=quantization), mesh)
+    boxed = architecture.boxed_params(config, quantization=quantization)
+    places = param_shardings(boxed, mesh, GENERATION_RULES)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )

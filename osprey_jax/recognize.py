@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import flax.struct
@@ -37,11 +38,16 @@ class Recognition(NamedTuple):
     label: str | None
     """None where the limits that were asked for are not reached."""
     probability: float
-    """Of the vocabulary's likeliest label; all its labels' probabilities sum to one."""
+    """Of the choices that led to the label, each among what the vocabulary allows, multiplied.
+
+    So all labels' probabilities sum to one. How sure the model is provided that a label fits at all: where
+    none does, one of them may come out near 1 all the same.
+    """
     logprob: float
     """Natural logarithm of the probability that the model answers just this where it may answer anything.
 
-    Lower than `probability` by what goes to answers that are not in the vocabulary.
+    Below that of `probability` by what goes to answers that are not in the vocabulary: low where no label
+    fits, or where the model would spell it in another way.
     """
 
 
@@ -81,9 +87,9 @@ def recognize(
       threshold: a region of a lower `probability` gets no label.
       min_logprob: nor does one of a lower `logprob`.
     """
-    if not 0 <= threshold <= 1:
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a probability, got {threshold!r}")
-    if not min_logprob <= 0:
+    if not isinstance(min_logprob, Real) or not min_logprob <= 0:
         raise ValueError(f"min_logprob must be the logarithm of a probability, got {min_logprob!r}")
 
     def named(node: int, log_probability: float, logprob: float) -> Recognition:
@@ -94,7 +100,7 @@ def recognize(
         return Recognition(label, probability, min(logprob, 0.0))
 
     results: list[list[Recognition]] = [[] for _ in asked]
-    fits = engine.capacity(network, asked, vocabulary.step * vocabulary.passes)
+    fits = engine.capacity(network, asked, vocabulary.room)
     for group in engine.groups([len(one.rest) for one in asked], fits):
         for part in _group(network, [asked[number] for number in group], vocabulary, fits):
             for number, ends in zip(group, part, strict=True):
@@ -131,7 +137,7 @@ def _group(
             vocabulary.trie,
             wanted=(owner >= 0).reshape(-1),
             width=vocabulary.widths[0],
-            room=vocabulary.step * vocabulary.passes,
+            room=vocabulary.room,
         )
         yield _finish(network, prefix, walk, vocabulary, owner)
 

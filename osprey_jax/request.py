@@ -17,6 +17,8 @@ ANSWER_TOKENS = {"short": 64, "detailed": 512}
 """Default limits of an answer, by level."""
 CHAT_TOKENS = 512
 """Default limit of an answer to a question of one's own."""
+MOST_TOKENS = 4096
+"""As many as the decoder's context; it was made for no more."""
 
 
 class Decoding(NamedTuple):
@@ -73,10 +75,14 @@ def decoding(
     limit, number = _integer("max_new_tokens", max_new_tokens), _integer("seed", seed)
     if limit < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+    if limit > MOST_TOKENS:
+        raise ValueError(f"max_new_tokens must be at most {MOST_TOKENS}, got {limit}")
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"seed must have at most 64 bits, got {number}")
     if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
+    if temperature > np.finfo(np.float32).max:
+        raise ValueError(f"temperature must be a number that float32 has, got {temperature!r}")
     if not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
     stops = (stop,) if isinstance(stop, str) else stop

@@ -17,7 +17,9 @@ from osprey_jax.typing import Params
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
     # Activations.
     "batch": ("data", "fsdp"),
     "activation_channels": None,
@@ -49,6 +51,22 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 """Logical axis → mesh axes; None keeps the axis whole."""
 
+GENERATION_RULES: Rules = {
+    **RULES,
+    "batch": "data",
+    "embed": None,
+    **{
+        f"{prefix}{axis}": ("fsdp", "tensor")
+        for prefix in ("", "activation_")
+        for axis in ("heads", "kv_heads", "ffn", "vocab")
+    },
+}
+"""The same for generation, where the decoder's matrices are never gathered.
+
+Each is split once, over both axes: what is split over `fsdp` for training alone would be gathered for every
+token, or rather, as compilers do, once and for all, and then lie whole on each device.
+"""
+
 
 def make_mesh(
     *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
@@ -68,28 +86,28 @@ def make_mesh(
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
+def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Makes the models' logical constraints on activations hold on `mesh` for what is traced inside."""
-    rules = [(name, axes) for name, axes in RULES.items() if axes is not None]
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    split = [(name, axes) for name, axes in rules.items() if axes is not None]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(split):
         yield
 
 
-def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
     """Mesh axes of an array with these logical axes.
 
     Raises ValueError for a name that the table lacks, and where two axes would be split over one mesh axis.
     """
-    if unknown := [axis for axis in axes if axis not in RULES]:
+    if unknown := [axis for axis in axes if axis not in rules]:
         raise ValueError(f"no sharding rule for the logical axes {unknown} of {tuple(axes)}")
-    spec = [RULES[axis] for axis in axes if axis is not None]
+    spec = [rules[axis] for axis in axes if axis is not None]
     used = [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {tuple(axes)} would use a mesh axis twice: {spec}")
     return PartitionSpec(*spec)
 
 
-def param_shardings(boxed_params: Params, mesh: Mesh) -> Params:
+def param_shardings(boxed_params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
     """The sharding of every parameter, from its boxed logical axes (`models.osprey.boxed_params`).
 
     Raises ValueError for a parameter without logical axes, or whose sizes don't divide over the mesh.
@@ -102,7 +120,7 @@ def param_shardings(boxed_params: Params, mesh: Mesh) -> Params:
         shape = leaf.value.shape
         if len(leaf.names) != len(shape):
             raise ValueError(f"parameter {name} of shape {shape} has the logical axes {leaf.names}")
-        result = NamedSharding(mesh, partition_spec(leaf.names))
+        result = NamedSharding(mesh, partition_spec(leaf.names, rules))
         try:
             result.shard_shape(shape)
         except ValueError:

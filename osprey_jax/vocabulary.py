@@ -15,7 +15,7 @@ from osprey_jax.prompt import IMAGE_TOKEN, REGION, Tokenizer, conversation, toke
 if TYPE_CHECKING:  # which imports JAX
     from osprey_jax.typing import ArrayLike, Int
 
-_STEPS = (1, 2, 4, 8, 16)
+_STEPS = (1, 4, 16)
 _RUN_COST = 8
 """What a run of the decoder costs beside its tokens, in tokens: from a few on a CPU to many on a GPU."""
 
@@ -46,7 +46,7 @@ class Vocabulary:
       label_of: for each node, the index of its label, -1 for others.
       widths: bounds of the number of children, of the start and of other nodes.
       step: tokens that a run of the decoder takes of a row at most, so that labels cost least on the average.
-      passes: runs of the decoder in which every label is reached and scored.
+      room: slots of the cache for that, a power of four.
       pad_id: the tokenizer's.
     """
 
@@ -65,7 +65,7 @@ class Vocabulary:
         self.widths = (_bucket(counts[0]), _bucket(max(counts[1:])))
         passes = {step: _passes(nodes, step) for step in _STEPS}
         self.step = min(_STEPS, key=lambda step: passes[step].mean() * (step + _RUN_COST))
-        self.passes = int(passes[self.step].max())
+        self.room = _bucket(self.step * int(passes[self.step].max()))
 
 
 class _Node(NamedTuple):

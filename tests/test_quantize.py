@@ -300,6 +300,14 @@ def test_the_converter_writes_the_integers_of_the_release(
             assert_nearest(kernel, scale, weight, np.gcd(len(weight), 128), 7)
     with pytest.raises(ValueError, match="is quantised \\(int4\\)"):
         convert.to_torch(tmp_path / "ours", tmp_path / "back")
+    # From a checkpoint of ours they come out the same.
+    convert.convert(release, tmp_path / "whole")
+    assert convert.main([str(tmp_path / "whole"), str(tmp_path / "again"), "--quantize", "int4"]) == 0
+    assert checkpoint.load_quantization(tmp_path / "again") == "int4"
+    again = dict(checkpoint.load_leaves(tmp_path / "again"))
+    assert again.keys() == saved.keys()
+    assert all(np.array_equal(again[path], saved[path]) for path in saved)
+    assert convert.main([str(tmp_path / "again"), str(tmp_path / "no"), "--quantize", "int8"]) == 2
 
 
 def test_eight_devices_give_the_same_logits() -> None:

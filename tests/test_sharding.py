@@ -1,5 +1,8 @@
 """The sharding table, and that a mesh of eight devices computes what one does."""
 
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from osprey_jax import sharding
-from osprey_jax.config import OspreyConfig, osprey_7b, tiny
+from osprey_jax import generate, sharding
+from osprey_jax.config import DecoderConfig, OspreyConfig, VisionConfig, osprey_7b, tiny
 from osprey_jax.masks import mask_pyramid
+from osprey_jax.models.llama import init_cache
 from osprey_jax.models.osprey import Osprey, boxed_params, init_params
 
 SMALL = 1 << 16
@@ -139,3 +143,45 @@ def test_unknown_names_collisions_and_forgotten_parameters_are_errors() -> None:
 def test_too_few_devices_for_a_mesh_is_an_error() -> None:
     with pytest.raises(ValueError, match="data=4, fsdp=4, tensor=1 needs 16 devices, there are 8"):
         sharding.make_mesh(data=4, fsdp=4)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "data": 2}])
+def test_decoding_gathers_no_matrix(sizes: dict[str, int]) -> None:
+    """None of the decoder's, which is where memory and time of an answer are."""
+    config = OspreyConfig(
+        vision=VisionConfig(image_size=32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)),
+        decoder=DecoderConfig(
+            vocab_size=512, dim=128, ffn_dim=256, num_layers=2, num_heads=8, num_kv_heads=8
+        ),
+    )
+    mesh, rules = sharding.make_mesh(**sizes), sharding.GENERATION_RULES
+    boxed = boxed_params(config, scan_layers=False)
+    places = sharding.param_shardings(boxed, mesh, rules)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), nn.unbox(boxed), places
+    )
+    model, rows = Osprey(config, scan_layers=False), 8
+    cache = init_cache(config.decoder, rows, 32, dtype="float32")
+    prefix = generate.Prefix(init_cache(config.decoder, 1, 64, dtype="float32"), jnp.ones(1, jnp.int32))
+    each = jnp.zeros(rows, jnp.int32)
+    answers = generate.Rows(
+        cache=cache,
+        token=each,
+        position=each,
+        keys=jax.random.split(jax.random.key(0), rows),
+        running=each == 0,
+        token_ids=jnp.zeros((rows, 16), jnp.int32),
+        logprobs=jnp.zeros((rows, 16)),
+        length=each,
+    )
+    number = jnp.zeros((), jnp.int32)
+    given = {"limit": number, "eos_id": number, "enough": number, "steps": number, "wanted": each == 0}
+    with sharding.use_mesh(mesh, rules):
+        lowered = generate.decode.lower(model, params, prefix, answers, sampler=generate.Greedy(), **given)
+        text = lowered.compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", text)
+    matrix = config.decoder.dim * config.decoder.dim
+    assert all(math.prod(map(int, shape.split(","))) < matrix for shape in gathered)
+    kernel = params["decoder"]["layers_0"]["mlp"]["down_proj"]["kernel"]
+    parts = sizes["fsdp"] * sizes.get("tensor", 1)
+    assert kernel.sharding.shard_shape(kernel.shape) == (256 // parts, 128)

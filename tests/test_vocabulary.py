@@ -111,19 +111,19 @@ def test_children_of_every_node_are_within_the_widths(tokenizers: dict[str, Toke
 
 
 @pytest.mark.parametrize(
-    ("labels", "step", "passes"),
+    ("labels", "step", "room"),
     [
-        (["red", "green", "big"], 1, 1),  # one token before </s>
-        (["red red red red", "green green green green"], 4, 1),
-        (["red", "red red", "red red red"], 1, 3),
-        ([" ".join(["red"] * 39), " ".join(["green"] * 40)], 16, 3),
+        (["red", "green", "big"], 1, 16),  # one token before </s>
+        (["red red red red", "green green green green"], 4, 16),
+        (["red", "red red", "red red red"], 1, 16),
+        ([" ".join(["red"] * 39), " ".join(["green"] * 40)], 16, 64),
     ],
 )
-def test_steps_suit_the_labels(
-    tokenizers: dict[str, Tokenizer], labels: list[str], step: int, passes: int
+def test_steps_and_room_suit_the_labels(
+    tokenizers: dict[str, Tokenizer], labels: list[str], step: int, room: int
 ) -> None:
     vocabulary = Vocabulary(labels, tokenizers["words"])
-    assert (vocabulary.step, vocabulary.passes) == (step, passes)
+    assert (vocabulary.step, vocabulary.room) == (step, room)
 
 
 def test_vocabularies_of_like_sizes_have_arrays_of_one_size(tokenizers: dict[str, Tokenizer]) -> None:
