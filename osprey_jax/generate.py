@@ -183,6 +183,36 @@ def begin(
       room: slots of the cache for what is generated; `resize` makes more.
       places: size of the buffers of answers.
     """
+    logits, cache = suffixes(model, params, prefix, input_ids, length, features, masks, room=room)
+    rows = input_ids.shape[0]
+    empty = Rows(
+        cache=cache,
+        token=jnp.zeros(rows, jnp.int32),
+        position=jnp.repeat(prefix.length, rows // prefix.length.shape[0]) + length - 1,
+        keys=keys,
+        running=jnp.ones(rows, bool),
+        token_ids=jnp.zeros((rows, places), jnp.int32),
+        logprobs=jnp.zeros((rows, places), jnp.float32),
+        length=jnp.zeros(rows, jnp.int32),
+    )
+    return _choose(empty, logits, sampler=sampler, limit=limit, eos_id=eos_id)
+
+
+def suffixes(
+    model: Osprey,
+    params: Params,
+    prefix: Prefix,
+    input_ids: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    features: Features,
+    masks: MaskPyramid,
+    *,
+    room: int,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Runs the rest of each region's prompt; the arguments are those of `begin`.
+
+    Returns the logits behind each prompt, and caches with `room` more slots.
+    """
     rows, width = input_ids.shape
     mask, position = (
         x.reshape(rows, 1, -1) for x in apply(model, params, Osprey.region_tokens, features, masks)
@@ -198,18 +228,7 @@ def begin(
         count=length,
     )
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
-    empty = Rows(
-        cache=cache,
-        token=jnp.zeros(rows, jnp.int32),
-        position=jnp.repeat(prefix.length, rows // prefix.length.shape[0]) + length - 1,
-        keys=keys,
-        running=jnp.ones(rows, bool),
-        token_ids=jnp.zeros((rows, places), jnp.int32),
-        logprobs=jnp.zeros((rows, places), jnp.float32),
-        length=jnp.zeros(rows, jnp.int32),
-    )
-    logits = apply(model, params, Osprey.logits, last)[:, 0]
-    return _choose(empty, logits, sampler=sampler, limit=limit, eos_id=eos_id)
+    return apply(model, params, Osprey.logits, last)[:, 0], cache
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="rows")

@@ -24,9 +24,9 @@ import numpy as np
 
 from osprey_jax import engine
 from osprey_jax.engine import Asked, Network
-from osprey_jax.generate import Features, Prefix, encode, extend, prefill
+from osprey_jax.generate import Features, Prefix, encode, extend, prefill, suffixes
 from osprey_jax.masks import MaskPyramid
-from osprey_jax.models.llama import Cache, init_cache
+from osprey_jax.models.llama import Cache
 from osprey_jax.models.osprey import Osprey, VisualTokens, apply
 from osprey_jax.typing import Array, Bool, Float, Int, Params
 from osprey_jax.vocabulary import Trie, Vocabulary
@@ -193,40 +193,27 @@ def start(
 ) -> Walk:
     """Runs the rest of each region's prompt behind its image's prefix, and makes the first choice.
 
+    The first arguments are those of `generate.begin`.
+
     Args:
       model: the network.
       params: its parameters.
-      prefix: what precedes; it is only read.
-      input_ids: the rest of each prompt, then padding.
-      length: how many of the ids count; at least one.
-      features: what the tower makes of the images.
-      masks: `(P, R, …)` with `P · R = B`: the region that the placeholders of each row stand for.
+      prefix: what precedes.
+      input_ids: the rest of each prompt.
+      length: how many of the ids count.
+      features: of the images.
+      masks: of the regions.
       trie: of the vocabulary.
       wanted: rows that walk.
       width: see `Vocabulary`.
       room: slots of the cache for the tokens of labels.
     """
-    rows, size = input_ids.shape
-    mask, position = (
-        x.reshape(rows, 1, -1) for x in apply(model, params, Osprey.region_tokens, features, masks)
-    )
-    begin = jnp.repeat(prefix.length, rows // prefix.length.shape[0])
-    hidden, cache = extend(
-        model,
-        params,
-        prefix,
-        init_cache(model.config.decoder, rows, size + room, dtype=model.dtype),
-        input_ids,
-        VisualTokens(image=mask[:, :0], mask=mask, position=position),
-        start=begin,
-        count=length,
-    )
-    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
-    logits = apply(model, params, Osprey.logits, last)[:, 0]
+    logits, cache = suffixes(model, params, prefix, input_ids, length, features, masks, room=room)
+    rows = input_ids.shape[0]
     none = jnp.zeros(rows, jnp.int32)
     walk = Walk(
         cache=cache,
-        position=begin + length,
+        position=jnp.repeat(prefix.length, rows // prefix.length.shape[0]) + length,
         node=none,
         done=none,
         running=wanted,
