@@ -32,8 +32,9 @@ def write_data(directory: Path, images: int, regions: int, size: int, seed: int)
     with (directory / "regions.jsonl").open("w") as file:
         for number in range(images):
             scene = source.scene(number)
-            objects = scene.masks[:regions]
-            masks = np.concatenate([objects, ellipses(rng, regions - len(objects), *scene.image.shape[:2])])
+            masks = scene.masks[:regions]
+            if more := regions - len(masks):
+                masks = np.concatenate([masks, ellipses(rng, more, *scene.image.shape[:2])])
             name = f"{number:05}.png"
             Image.fromarray(scene.image).save(directory / "images" / name)
             annotations = [{"segmentation": encode_rle(mask)} for mask in masks]

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines.sources.files import BOM, OtherFormError, field, json_lists, parse
 from osprey_jax.image import load_image
-from osprey_jax.label.folders import Folder, open_folder
+from osprey_jax.label.folders import Folder, digest, open_folder
 from osprey_jax.label.inputs import Fault, Picture, Region, parse_document, read_region
 from osprey_jax.label.pngs import read_ids, segment
 from osprey_jax.masks import segmentation_rle
@@ -93,9 +93,11 @@ def regions(
 ) -> tuple[tuple[Region, ...], tuple[Fault, ...]]:
     """The regions of annotations, and what is wrong with the others."""
     found, faults = [], []
+    names = set[int | str]()
     for number, annotation in enumerate(annotations, 1):
         name = read_region(annotation, number)
         try:
+            _once(name, names)
             rle = segmentation_rle(field(annotation, "segmentation", object), *size)
         except ValueError as error:
             faults.append(Fault(name, str(error)))
@@ -104,6 +106,13 @@ def regions(
         label = label if isinstance(label, str) else categories.get(_key(annotation.get("category_id")))
         found.append(Region(name, label, rle))
     return tuple(found), tuple(faults)
+
+
+def _once(name: int | str, names: set[int | str]) -> None:
+    """Adds a region's name to those of its image; ValueError for one that is there already."""
+    if name in names:
+        raise ValueError(f"a region before it in the image is called {name!r}, too")
+    names.add(name)
 
 
 def _key(identity: Any) -> Any:
@@ -174,9 +183,14 @@ class Panoptic(Coco):
                 f"{path} is panoptic, but there is no directory {pngs} of its PNGs: name it"
             )
         self._pngs = open_folder(pngs)
+        self._png_names: list[Any] = []
         super().__init__(images, path)
+        sizes = ([name, self._pngs.size(name)] for name in self._png_names if isinstance(name, str))
+        self.fingerprint = digest([self.fingerprint, *sizes])
+        del self._png_names
 
     def _count(self, annotation: dict[str, Any]) -> int:
+        self._png_names.append(annotation.get("file_name"))
         segments = annotation.get("segments_info")
         return len(segments) if isinstance(segments, list) else 0
 
@@ -184,12 +198,14 @@ class Panoptic(Coco):
         self, values: Sequence[Any], size: tuple[int, int]
     ) -> tuple[tuple[Region, ...], tuple[Fault, ...]]:
         found, faults = [], []
+        names = set[int | str]()
         for value in values:
             name = field(value, "file_name", str)
             ids = read_ids(self._pngs.read(name), name, size)
             for number, info in enumerate(field(value, "segments_info", list), 1):
                 region = read_region(info, number)
                 try:
+                    _once(region, names)
                     label = self._categories.get(_key(info.get("category_id")))
                     found.append(Region(region, label, segment(ids, field(info, "id", int))))
                 except ValueError as error:
@@ -251,7 +267,7 @@ class Documents:
 
     def __init__(self, images: Folder, documents: Folder, names: Sequence[str]):
         self._images, self._documents, self._names = images, documents, names
-        self.fingerprint = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+        self.fingerprint = digest([name, documents.size(name)] for name in names)
 
     def __len__(self) -> int:
         return len(self._names)

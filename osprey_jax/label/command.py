@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -10,20 +11,21 @@ from typing import Any
 
 import jax
 
+from osprey_jax.checkpoint import load_quantization
 from osprey_jax.directories import as_path
+from osprey_jax.label import gallery
 from osprey_jax.label import plan as plans
 from osprey_jax.label.estimate import estimate
 from osprey_jax.label.inputs import Input
 from osprey_jax.label.job import Asked, label
 from osprey_jax.label.opening import open_input
-from osprey_jax.label.output import Output, read_run
+from osprey_jax.label.output import Note, Output, check_run, read_note, read_run
 from osprey_jax.label.setting import model_version, version
-from osprey_jax.label.ways import Choice, Way, Words, read_labels
+from osprey_jax.label.ways import Choice, Way, Words, read_vocabulary
 from osprey_jax.predictor import Osprey
 from osprey_jax.prompt import PROTOCOLS, Tokenizer
 from osprey_jax.quantize import SCHEMES
 from osprey_jax.request import Level, checked_question, request
-from osprey_jax.vocabulary import Vocabulary
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -64,7 +66,10 @@ In the output, labels-00000-of-00004.jsonl has a line for each region: image (an
 one), box (x0, y0, x1, y1; the last two exclusive), area, segmentation (COCO RLE), question, text, logprob
 (natural logarithm of the answer's probability), logprobs (of each token, the end included), model and prompt
 (short names of their versions). Images and regions that can't be used are in skipped-00000-of-00004.jsonl,
-with the reason. run.json has the setting; with another one the output is refused.
+with the reason. run.json has the setting; with another one the output is refused. It is what lines depend on:
+question, decoding, checkpoint, and masks: .json and .jsonl files by what is in them, PNGs and SA-1B's files
+by names and sizes, in a bucket by names alone. Where all of it lies and when it was written doesn't count, so
+a copy will do. What isn't noticed: other images of the same names, and masks changed within the same sizes.
 
 With --labels, text is one of the file's labels (one a line, in UTF-8; empty lines don't count), or null below
 --threshold or --min-logprob. Instead of logprobs there is probability: the likeliest label's, where those of
@@ -150,7 +155,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"images that fail one after another; default: {GIVE_UP_AFTER}",
     )
-    add("--dry-run", action="store_true", help="describes a sample, writes nothing, tells time and size")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="describes a sample, writes nothing, tells time and size of what is left to do",
+    )
     add(
         "--gallery",
         nargs="?",
@@ -171,18 +180,18 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("where to? give --output, or --dry-run")
     if args.give_up_after < 1:
         raise ValueError(f"--give-up-after must be at least 1, got {args.give_up_after}")
-    checkpoint = as_path(args.checkpoint)
-    if not checkpoint.is_dir():
-        raise ValueError(f"no checkpoint directory {args.checkpoint}")
+    scheme = load_quantization(args.checkpoint, args.quantize)
     if args.data is not None and (args.images is not None or args.masks):
         raise ValueError("give --data, or --images with --masks, not both")
     way, question, setting = _words(args) if args.labels is None else _choice(args)
+    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    setting |= {"dtype": args.dtype or usual, "quantize": scheme}
     data = open_input(images=args.images, masks=args.masks, data=args.data)
     for sentence in data.left_out:
         print(f"warning: {sentence}", file=sys.stderr)
     output = None if args.output is None else as_path(args.output)
     plan = _plan(args.shards, data, output, hosts)
-    model = model_version(checkpoint)
+    model = model_version(args.checkpoint)
     asked = Asked(way, question, {"model": model, "prompt": version(setting)})
     run = {
         "setting": {
@@ -197,28 +206,63 @@ def _run(args: argparse.Namespace) -> None:
         "of": {name: getattr(args, name) for name in ("checkpoint", "images", "masks", "data", "labels")},
         "prompt": asked.versions["prompt"],
     }
+    if output is not None:
+        check_run(output, run)
     if args.dry_run:
-        print(estimate(_load(args), data, plan, asked, hosts=hosts))
+        todo = _todo(plan, output)
+        told = "nothing is left to do"
+        print(estimate(_load(args), data, plan, asked, todo=todo, hosts=hosts) if todo else told)
         return
     assert output is not None, "seen above"
+    _check_writable(output)
+    page = None if args.gallery is None else as_path(args.gallery or output / "gallery.html")
+    if page is not None:
+        gallery.check_page(page, output)
+    # A model that can't be loaded leaves nothing behind; one is needed unless a run is complete.
+    osprey = _load(args) if read_run(output) is None else None
     shards = {shard: len(plan.units(shard)) for shard in plan.shards_of(host, hosts)}
     with Output(args.output, run, shards, plan.shards) as out:
         if any(out.notes[shard].units < units for shard, units in shards.items()):
-            label(_load(args), data, plan, out, asked, give_up_after=args.give_up_after)
+            osprey = _load(args) if osprey is None else osprey
+            label(osprey, data, plan, out, asked, give_up_after=args.give_up_after)
         else:
             out.declare()
         notes = list(out.notes.values())
-    regions, images, skipped = (
-        sum(getattr(note, name) for note in notes) for name in ("regions", "images", "skipped")
-    )
-    told = f", {skipped:,} skipped (skipped-….jsonl says why)" if skipped else ""
-    print(f"{regions:,} regions of {images:,} images in {args.output}{told}", file=sys.stderr)
-    if args.gallery is not None:
-        from osprey_jax.label.gallery import write_gallery
+    print(_summary(notes, args.output), file=sys.stderr)
+    if page is not None:
+        gallery.write_gallery(page, output, data)
+        print(f"gallery in {args.gallery or page}", file=sys.stderr)
 
-        path = as_path(args.gallery) if args.gallery else output / "gallery.html"
-        write_gallery(path, output, data)
-        print(f"gallery in {args.gallery or path}", file=sys.stderr)
+
+def _todo(plan: plans.Plan, output: Path | None) -> list[int]:
+    """The units that aren't written, of all hosts."""
+    done = [0 if output is None else read_note(output, shard).units for shard in range(plan.shards)]
+    return [unit for shard, units in enumerate(done) for unit in plan.units(shard)[units:]]
+
+
+def _check_writable(output: Path) -> None:
+    """Raises ValueError where a directory can't be made or changed, before a model is loaded for it."""
+    if "://" in str(output):
+        return
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {output}: {there} is no directory that you may write in")
+
+
+def _summary(notes: Sequence[Note], output: str) -> str:
+    regions, described, skipped, images = (
+        sum(getattr(note, name) for note in notes)
+        for name in ("regions", "described", "skipped", "skipped_images")
+    )
+    told = f"{regions:,} regions of {described:,} images described in {output}"
+    if not skipped:
+        return told
+    parts = [
+        f"{count:,} {kind}{'s' if count > 1 else ''}"
+        for count, kind in ((images, "image"), (skipped - images, "region"))
+        if count
+    ]
+    return f"{told}; {' and '.join(parts)} skipped (skipped-….jsonl says why)"
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], how: str) -> None:
@@ -228,7 +272,7 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], how: str) -> None:
 
 
 def _words(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
-    """The way to answer, the question, and all that answers depend on beside the model."""
+    """The way to answer, the question, and what answers depend on beside the model and its precision."""
     level: Level = args.level or "short"
     asked = request(
         level,
@@ -249,7 +293,6 @@ def _words(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
         "top_p": args.top_p,
         "seed": args.seed,
         "stop": args.stop,
-        **_precision(args),
     }
     return Words(asked), question, setting
 
@@ -264,27 +307,15 @@ def _choice(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
     prompt = protocol.prompt(None if args.question is None else checked_question(args.question))
     question = args.question or protocol.question
     assert question is not None, "this protocol has a question"
-    path = as_path(args.labels)
-    labels = read_labels(path)
-    tokenizer = Tokenizer.load(args.checkpoint)
-    try:
-        vocabulary = Vocabulary(labels, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    vocabulary = read_vocabulary(as_path(args.labels), Tokenizer.load(args.checkpoint))
     setting = {
         "text": prompt,
-        "labels": {"count": len(labels), "version": version(labels)},
+        "labels": {"count": len(vocabulary.labels), "version": version(vocabulary.labels)},
         "threshold": args.threshold,
         "min_logprob": None if args.min_logprob == -math.inf else args.min_logprob,
-        **_precision(args),
     }
     limits = {"threshold": args.threshold, "min_logprob": args.min_logprob}
     return Choice(vocabulary, args.question, limits), question, setting
-
-
-def _precision(args: argparse.Namespace) -> dict[str, Any]:
-    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return {"dtype": args.dtype or usual, "quantize": args.quantize}
 
 
 def _load(args: argparse.Namespace) -> Osprey:

@@ -1,6 +1,7 @@
 """How long the whole work will take and how large its output will be, from a sample."""
 
 import time
+from collections.abc import Sequence
 
 from osprey_jax.label.inputs import Input
 from osprey_jax.label.job import Asked, NothingWorks, Unit, run_units, to_part
@@ -11,10 +12,15 @@ SAMPLE = 4
 """Units, spread over all of them."""
 
 
-def estimate(osprey: Answerer, data: Input, plan: Plan, asked: Asked, *, hosts: int) -> str:
-    """Describes the sample twice, for programs are compiled the first time; says what follows, in lines."""
-    count = min(SAMPLE, plan.num_units)
-    units = [(2 * place + 1) * plan.num_units // (2 * count) for place in range(count)]
+def estimate(
+    osprey: Answerer, data: Input, plan: Plan, asked: Asked, *, todo: Sequence[int], hosts: int
+) -> str:
+    """Describes a sample of the units `todo` twice, for programs are compiled the first time.
+
+    Returns what follows for all of these units, in lines.
+    """
+    count = min(SAMPLE, len(todo))
+    units = [todo[(2 * place + 1) * len(todo) // (2 * count)] for place in range(count)]
     parts = []
     first = ""
 
@@ -37,14 +43,18 @@ def estimate(osprey: Answerer, data: Input, plan: Plan, asked: Asked, *, hosts: 
     if not regions:
         raise NothingWorks(f"nothing of the sample, {images} images, can be described; {first}")
     size = sum(len(part.lines) + len(part.skipped_lines) for part in parts)
-    scale = len(data) / images
+    left = sum(len(plan.images(unit)) for unit in todo)
+    scale = left / images
     if data.counts is not None and (known := sum(_regions(data, plan.images(unit)) for unit in units)):
-        scale = int(data.counts.sum()) / known
+        scale = sum(_regions(data, plan.images(unit)) for unit in todo) / known
+    which = f"all: about {regions * scale:,.0f} regions of {left:,} images"
+    if left < len(data):
+        which = f"left: about {regions * scale:,.0f} regions of {left:,} of the {len(data):,} images"
     each = f" on each of {hosts} hosts" if hosts > 1 else ""
     lines = [
         f"sample: {regions:,} regions of {images:,} images in {seconds:.1f} s, "
         f"{regions / seconds:.1f} regions/s; {max(cold - seconds, 0):.0f} s more for the first time",
-        f"all: about {regions * scale:,.0f} regions of {len(data):,} images",
+        which,
         f"time: about {duration(seconds * scale / hosts + max(cold - seconds, 0))}{each}",
         f"output: about {size * scale / 1e6:,.1f} MB in {plan.shards} shards",
     ]

@@ -1,8 +1,12 @@
 """Files by name, out of a directory, a tar, a directory of tars or a bucket."""
 
+import hashlib
+import json
 import os
+import tarfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_pipelines.images import open_images
 from osprey_jax.directories import as_path
@@ -20,6 +24,18 @@ class Folder(Protocol):
     def read(self, name: str) -> bytes:
         """A file. Raises ValueError or OSError, which name it."""
         ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none or, in a bucket, to ask would take long."""
+        ...
+
+
+def digest(values: Iterable[Any]) -> str:
+    """Differs for different values of JSON."""
+    found = hashlib.blake2b(digest_size=16)
+    for value in values:
+        found.update(json.dumps(value).encode() + b"\n")
+    return found.hexdigest()
 
 
 def open_folder(path: str | os.PathLike) -> Folder:
@@ -56,6 +72,25 @@ class _Local:
     def read(self, name: str) -> bytes:
         return self._images.read(name)
 
+    def size(self, name: str) -> int | None:
+        try:
+            key = self._images.key(name)
+            try:
+                return os.stat(key).st_size
+            except (FileNotFoundError, NotADirectoryError):
+                archive, _, start = key.rpartition(":")
+                return _member_size(archive, int(start))
+        except (OSError, ValueError, tarfile.TarError):
+            return None
+
+
+def _member_size(archive: str, start: int) -> int:
+    """Of the member of a tar whose content starts there: its header is the block before."""
+    with open(archive, "rb") as file:
+        file.seek(start - tarfile.BLOCKSIZE)
+        header = file.read(tarfile.BLOCKSIZE)
+    return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+
 
 class _Bucket:
     """A directory of files in a bucket."""
@@ -71,3 +106,6 @@ class _Bucket:
 
     def read(self, name: str) -> bytes:
         return (self._path / name).read_bytes()
+
+    def size(self, name: str) -> int | None:
+        return None

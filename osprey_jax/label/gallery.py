@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -48,8 +49,27 @@ def write_gallery(path: Path, output: Path, data: Input) -> None:
         f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd></div>" for key, value in facts
     )
     page = resources.files(__package__).joinpath("gallery.html").read_text(encoding="utf-8")
-    page = page.replace("{{facts}}", told).replace("{{cards}}", cards)
+    parts = {"facts": told, "cards": cards}
+    page = re.sub("{{(facts|cards)}}", lambda match: parts[match[1]], page)  # once, for texts may hold such
     path.write_bytes(page.encode("utf-8", "backslashreplace"))
+
+
+def check_page(path: Path, output: Path) -> None:
+    """Raises ValueError where no page can be written, which changes nothing.
+
+    One in the output needs nothing but the output. In a bucket it shows when the page is written.
+    """
+    if path.is_dir():
+        raise ValueError(f"cannot write the gallery {path}: it is a directory")
+    if path.parent == output or "://" in str(path):
+        return
+    there = path.exists()
+    try:
+        path.open("ab").close()
+        if not there:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write the gallery {path}: {error.strerror}") from error
 
 
 def sample(paths: Sequence[Path], count: int) -> Iterator[list[dict[str, Any]]]:

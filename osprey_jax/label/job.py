@@ -182,7 +182,15 @@ def to_part(unit: Unit, asked: Asked) -> Part:
                 answer={**asked.way.told(answer), **asked.versions},
             )
             lines.append(encode(line))
-    return Part(b"".join(lines), b"".join(skipped), len(unit.images), len(lines), len(skipped))
+    return Part(
+        b"".join(lines),
+        b"".join(skipped),
+        images=len(unit.images),
+        described=sum(image.prepared is not None for image in unit.images),
+        regions=len(lines),
+        skipped=len(skipped),
+        skipped_images=sum(fault.region is None for image in unit.images for fault in image.faults),
+    )
 
 
 class _Held:

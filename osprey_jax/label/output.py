@@ -20,6 +20,7 @@ from osprey_jax.label.storage import open_storage
 RUN = "run.json"
 NOTES = ".label"
 LABELS, SKIPPED = "labels-", "skipped-"
+_COUNTED = ("images", "described", "regions", "skipped", "skipped_images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,15 @@ class Note:
     bytes: int = 0
     skipped_bytes: int = 0
     images: int = 0
-    """Of these units, whether they were skipped or not."""
+    """Of these units, all of them."""
+    described: int = 0
+    """Images of which there are lines."""
     regions: int = 0
     """Lines."""
     skipped: int = 0
     """Lines of the other file: images and regions that can't be used."""
+    skipped_images: int = 0
+    """Those of them that are about a whole image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +50,10 @@ class Part:
     lines: bytes
     skipped_lines: bytes
     images: int
+    described: int
     regions: int
     skipped: int
+    skipped_images: int
 
 
 class Output:
@@ -105,9 +112,7 @@ class Output:
             units=note.units + 1,
             bytes=note.bytes + len(part.lines),
             skipped_bytes=note.skipped_bytes + len(part.skipped_lines),
-            images=note.images + part.images,
-            regions=note.regions + part.regions,
-            skipped=note.skipped + part.skipped,
+            **{name: getattr(note, name) + getattr(part, name) for name in _COUNTED},
         )
         self._storage.replace(_note_name(shard), json.dumps(dataclasses.asdict(note)).encode())
         self.notes[shard] = note
@@ -135,12 +140,7 @@ class Output:
                 self._storage.finish(name)
 
     def _read_note(self, shard: int) -> Note:
-        if (data := self._storage.read(_note_name(shard))) is None:
-            return Note()
-        try:
-            note = Note(**json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self._storage.path / _note_name(shard)} is damaged: {error}") from error
+        note = read_note(self._storage.path, shard)
         for name, size in zip(self._names(shard), (note.bytes, note.skipped_bytes), strict=True):
             if (found := self._storage.size(name)) < size:
                 raise ValueError(
@@ -157,20 +157,31 @@ def _note_name(shard: int) -> str:
     return f"{NOTES}/{shard:05d}.json"
 
 
+def read_note(directory: Path, shard: int) -> Note:
+    """How far a shard of an output is."""
+    path = directory / _note_name(shard)
+    try:
+        return Note(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return Note()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def read_run(directory: Path) -> dict[str, Any] | None:
-    """What `run.json` holds, or None where there is none."""
+    """What `run.json` holds, or None where there is none. Raises ValueError for what is no directory."""
     try:
         return json.loads((directory / RUN).read_bytes())
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise ValueError(f"{directory} is not a directory") from None
     except ValueError as error:
         raise ValueError(f"{directory / RUN} is damaged: {error}") from error
 
 
 def check_run(directory: Path, setting: Mapping[str, Any]) -> None:
     """Raises ValueError where the directory has a run of another setting, or other things than a run."""
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory")
     if (then := read_run(directory)) is None:
         if directory.is_dir() and (other := [path for path in directory.iterdir() if path.name != NOTES]):
             raise ValueError(f"{directory} holds other things, such as {other[0].name}, and no {RUN}")

@@ -1,7 +1,6 @@
 """Masks in PNGs: label maps, panoptic ids in colours, a mask for each region."""
 
 import collections
-import hashlib
 import io
 import os
 import posixpath
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from osprey_jax.image import load_image
-from osprey_jax.label.folders import IMAGE_SUFFIXES, Folder
+from osprey_jax.label.folders import IMAGE_SUFFIXES, Folder, digest
 from osprey_jax.label.inputs import Fault, Picture, Region
 from osprey_jax.masks import encode_rle
 from osprey_jax.region_files import natural, read_png, single_mask
@@ -49,8 +48,9 @@ class Pngs:
             )
         self._images, self._masks = images, masks
         self._listed = [(stems[stem], tuple(sorted(found[stem], key=natural))) for stem in sorted(found)]
-        text = "\n".join(name for image, masks in self._listed for name in (image, *masks))
-        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self.fingerprint = digest(
+            [image, *([name, self._masks.size(name)] for name in names)] for image, names in self._listed
+        )
 
     def __len__(self) -> int:
         return len(self._listed)

@@ -11,8 +11,10 @@ from osprey_jax.directories import as_path
 
 _SMALL = 1 << 20
 """Files up to so many bytes are hashed whole, of larger ones name and size."""
-_TRAINING = ("optimizer", "loader")
-"""What a checkpoint of training has beside its parameters."""
+_BESIDE = ("config.json", "tokenizer.model", "tokenizer.json")
+"""What answers depend on beside `params/`; a checkpoint of training has more."""
+_SHOWN, _BEFORE = 120, 30
+"""Characters of a long value, and those of them before the place where two values part."""
 
 
 def version(value: Any) -> str:
@@ -28,10 +30,10 @@ def model_version(checkpoint: Path | str) -> str:
     """
     root = as_path(checkpoint)
     files = []
-    for path in sorted(root.rglob("*")):
-        name = os.fspath(path.relative_to(root))
-        if name.split("/")[0] in _TRAINING or not path.is_file():
+    for path in sorted([*(root / "params").rglob("*"), *(root / name for name in _BESIDE)]):
+        if not path.is_file():
             continue
+        name = os.fspath(path.relative_to(root))
         status: Any = path.stat()
         size = status.length if hasattr(status, "length") else status.st_size  # a bucket's, a disk's
         content = hashlib.blake2b(path.read_bytes()).hexdigest() if size <= _SMALL else None
@@ -43,7 +45,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each value that two settings, mappings of mappings, don't have in common."""
     before, after = dict(_flat(then)), dict(_flat(now))
     return [
-        f"  {key}: {_told(before.get(key))} then, {_told(after.get(key))} now"
+        "  {}: {} then, {} now".format(key, *_apart(before.get(key), after.get(key)))
         for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key)
     ]
@@ -57,6 +59,12 @@ def _flat(setting: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _told(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:119]}…"
+def _apart(then: Any, now: Any) -> list[str]:
+    """The values as JSON; of long ones what is around the place where they part."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in (then, now)]
+    same = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, same - _BEFORE) if max(map(len, texts)) > _SHOWN else 0
+    return [
+        f"{'…' if start else ''}{text[start : start + _SHOWN]}{'…' if len(text) > start + _SHOWN else ''}"
+        for text in texts
+    ]

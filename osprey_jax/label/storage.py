@@ -25,10 +25,6 @@ class Storage(Protocol):
         """Reserves a number for this process until it ends or closes; False where another process has it."""
         ...
 
-    def read(self, name: str) -> bytes | None:
-        """A file, or None where there is none."""
-        ...
-
     def create(self, name: str, data: bytes) -> None:
         """Writes a file unless there is one, also where several processes do it at the same time."""
         ...
@@ -83,13 +79,6 @@ class Disk:
                 return False
             raise OSError(error.errno, f"cannot lock {self._lock.name}: {error.strerror}") from error
         return True
-
-    def read(self, name: str) -> bytes | None:
-        """See `Storage`."""
-        try:
-            return (self.path / name).read_bytes()
-        except FileNotFoundError:
-            return None
 
     def create(self, name: str, data: bytes) -> None:
         """See `Storage`."""
@@ -157,11 +146,6 @@ class Bucket:
         """See `Storage`; always True."""
         return True
 
-    def read(self, name: str) -> bytes | None:
-        """See `Storage`."""
-        path = self.path / name
-        return path.read_bytes() if path.exists() else None
-
     def create(self, name: str, data: bytes) -> None:
         """See `Storage`; of several at the same time the last one counts."""
         if not (self.path / name).exists():
@@ -175,8 +159,8 @@ class Bucket:
         """See `Storage`."""
         if parts := self._parts_of(name):
             return int(parts[-1].name.rpartition("-")[2])
-        data = self.read(name)
-        return 0 if data is None else len(data)
+        path = self.path / name
+        return len(path.read_bytes()) if path.exists() else 0
 
     def append(self, name: str, data: bytes, *, at: int) -> None:
         """See `Storage`."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from osprey_jax.engine import Prepared
 from osprey_jax.predictor import Generation
+from osprey_jax.prompt import Tokenizer
 from osprey_jax.recognize import Recognition
 from osprey_jax.request import Request
 from osprey_jax.vocabulary import Vocabulary
@@ -91,11 +92,23 @@ def _rounded(value: float) -> float:
     return round(value, DIGITS) + 0.0  # so that there is no -0.0
 
 
-def read_labels(path: Path) -> list[str]:
+def read_vocabulary(path: Path, tokenizer: Tokenizer) -> Vocabulary:
     """The labels of a text file in UTF-8, one a line, without white space around them; empty lines are none.
 
     Raises ValueError, which names the file and the line; OSError.
     """
+    lines = _read_labels(path)
+    try:
+        return Vocabulary(list(lines), tokenizer)
+    except ValueError as error:
+        # It names the label, or the two, as repr does.
+        named = [str(line) for label, line in lines.items() if repr(label) in str(error)]
+        where = f", line{'s' if len(named) > 1 else ''} {' and '.join(named)}" if named else ""
+        raise ValueError(f"{path}{where}: {error}") from error
+
+
+def _read_labels(path: Path) -> dict[str, int]:
+    """Each label with the number of its line."""
     if not path.is_file():
         raise FileNotFoundError(f"no file of labels at {path}")
     lines: dict[str, int] = {}
@@ -110,4 +123,4 @@ def read_labels(path: Path) -> list[str]:
             lines[label] = number
     if not lines:
         raise ValueError(f"{path} holds no label")
-    return list(lines)
+    return lines

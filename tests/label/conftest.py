@@ -32,7 +32,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a checkpoint's directory and a data set."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "params").mkdir(parents=True)
     (tmp_path / "checkpoint" / "config.json").write_text("{}")
     (tmp_path / "checkpoint" / "tokenizer.model").write_bytes(PIECES.read_bytes())
     coco(tmp_path)

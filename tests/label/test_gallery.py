@@ -16,6 +16,7 @@ from osprey_jax.label.outlines import places, shrink, svg_path
 from tests.label import data_files
 from tests.label.conftest import Run, contents, lines
 from tests.label.data_files import HEIGHT, NAMES, WIDTH
+from tests.label.stand_in import StandIn
 
 
 class Page(HTMLParser):
@@ -76,6 +77,40 @@ def test_a_gallery_of_a_finished_job_may_stand_elsewhere_and_miss_images(folder:
     page = Page(Path("page.html").read_text())
     assert len(page.tags["img"]) == len(NAMES) - 1
     assert contents("out") == before
+
+
+def test_a_text_that_looks_like_a_place_of_the_page_stays_as_it_is(run: Run) -> None:
+    assert run("--gallery", "--question", "Is {{cards}} {{facts}} <region>?") == 0
+    text = Path("out/gallery.html").read_text(encoding="utf-8")
+    assert "<dd>Is {{cards}} {{facts}} &lt;region&gt;?</dd>" in text
+    assert text.count("<article>") == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        ("nowhere/page.html", "nowhere/page.html: No such file or directory"),
+        ("out/nowhere/page.html", "out/nowhere/page.html: No such file or directory"),
+        ("coco.json/page.html", "coco.json/page.html: Not a directory"),
+        ("images", "images: it is a directory"),
+    ],
+)
+def test_a_page_that_cant_be_written_is_refused_before_the_work(
+    page: str, told: str, run: Run, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--gallery", page) == 2
+    assert f"cannot write the gallery {Path.cwd()}/{told}" in capsys.readouterr().err
+    assert stand_in.loads == []
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("page", ["page.html", "out/page.html"])
+def test_a_page_appears_when_the_work_is_done(page: str, run: Run, stand_in: StandIn) -> None:
+    stand_in.interrupted_at = 2
+    assert run("--gallery", page) == 130
+    assert not Path(page).exists()
+    assert run("--gallery", page) == 0
+    assert Path(page).exists()
 
 
 def test_paths_go_around_masks_and_their_holes() -> None:

@@ -1,7 +1,10 @@
 """Images with masks in every form, and what is wrong with some of them."""
 
+import io
 import json
+import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +117,85 @@ def test_broken_images_and_regions_are_named_and_the_others_described(
     assert len(lines("out")) == total
     told = capsys.readouterr().err
     assert "1 of 14 annotations belong to none of its images" in told
-    assert f"{total} regions of 7 images in out, 5 skipped" in told
+    described = len({line["image"] for line in lines("out")})
+    assert f"{total} regions of {described} images described in out; 2 images and 3 regions skipped" in told
+
+
+@pytest.mark.parametrize("form", ["coco", "lines_of_regions", "panoptic"])
+def test_the_second_region_of_a_name_in_an_image_is_skipped(form: str, folder: Path, run: Run) -> None:
+    (folder / form).mkdir()
+    images, masks = FORMS[form](folder / form)
+    assert run("--images", images, "--masks", *masks, masks=None, output="whole") == 0
+    _repeat_a_region(masks[0])
+    assert run("--images", images, "--masks", *masks, masks=None) == 0
+    [skipped] = lines("out", "skipped")
+    first = next(iter(data_files.masks(1)))
+    assert (skipped["image"], skipped["region"]) == (NAMES[1], first)
+    assert skipped["reason"] == f"a region before it in the image is called {first}, too"
+    kept = [[(line["image"], line["region"]) for line in lines(name)] for name in ("out", "whole")]
+    assert kept[0] == kept[1]
+
+
+def _repeat_a_region(path: Path) -> None:
+    """The first one of the second image."""
+    first = next(iter(data_files.masks(1)))
+    if path.is_dir():
+        found = [
+            text for text in (path / "a.jsonl").read_text().splitlines() if f'"region": {first},' in text
+        ]
+        with (path / "b.jsonl").open("a") as file:
+            file.write(found[0] + "\n")
+        return
+    data = json.loads(path.read_text())
+    if "segments_info" in data["annotations"][0]:
+        segments = data["annotations"][1]["segments_info"]
+        segments.append(segments[0])
+    else:
+        data["annotations"].append(next(entry for entry in data["annotations"] if entry["id"] == first))
+    path.write_text(json.dumps(data))
+
+
+def _rewrite(path: Path, size: int) -> None:
+    """Of a tar, a document."""
+    if path.suffix == ".tar":
+        with tarfile.open(path) as archive:
+            members = {
+                member.name: archive.extractfile(member).read() for member in archive if member.isreg()
+            }
+        members[next(name for name in members if name.endswith("photo_2.json"))] += b" " * size
+        with tarfile.open(path, "w") as archive:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    else:
+        path.write_bytes(path.read_bytes() + b" " * size)
+
+
+@pytest.mark.parametrize(
+    ("form", "changed"),
+    [
+        ("sa1b", "images/photo_2.json"),
+        ("sa1b_tar", "sa.tar"),
+        ("label_maps", "masks/photo_2.png"),
+        ("mask_folders", "masks/photo_0/part_1.png"),
+        ("panoptic", "panoptic/3.png"),
+    ],
+)
+def test_masks_of_another_size_are_noticed_and_a_copy_is_not(
+    form: str, changed: str, folder: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / form).mkdir()
+    images, masks = FORMS[form](folder / form)
+    assert run("--images", images, "--masks", *masks, masks=None) == 0
+    shutil.move(folder / form, folder / "elsewhere")
+    path = folder / "elsewhere" / changed
+    moved = [folder / "elsewhere" / path.relative_to(folder / form) for path in (images, *masks)]
+    for size, status in ((0, 0), (1, 2)):
+        _rewrite(path, size)
+        os.utime(path, (1, 1))
+        assert run("--images", moved[0], "--masks", *moved[1:], masks=None) == status
+    assert "  regions: " in capsys.readouterr().err
 
 
 def test_masks_that_belong_to_no_image_are_told(

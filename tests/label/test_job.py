@@ -16,6 +16,7 @@ import pytest
 from osprey_jax.label import command, output
 from osprey_jax.label.output import Output, Part
 from osprey_jax.label.plan import make_plan
+from osprey_jax.label.setting import differences
 from osprey_jax.label.storage import Bucket
 from tests.label import data_files
 from tests.label.conftest import Run, contents, lines
@@ -95,7 +96,13 @@ def test_what_is_behind_the_noted_bytes_is_written_anew(lost: int, folder: Path,
     first = expected["labels-00000-of-00001.jsonl"].splitlines(keepends=True)
     units = 3 - lost
     kept = b"".join(first[: sum(len(data_files.masks(index)) for index in range(2 * units))])
-    note |= {"units": units, "bytes": len(kept), "images": 2 * units, "regions": kept.count(b"\n")}
+    note |= {
+        "units": units,
+        "bytes": len(kept),
+        "images": 2 * units,
+        "described": 2 * units,
+        "regions": kept.count(b"\n"),
+    }
     Path("out/.label/00000.json").write_text(json.dumps(note))
     torn = b"".join(first)[: len(kept) + 100 + 400 * lost]
     Path("out/labels-00000-of-00001.jsonl").write_bytes(torn)
@@ -153,6 +160,18 @@ def test_a_run_of_another_setting_is_refused_with_what_differs(
     assert contents("out") == before
 
 
+def test_where_two_questions_part_is_shown() -> None:
+    then, now = (
+        {"text": f"A chat. {'It is long. ' * 20}What is {end}"} for end in ("a <mask>?", "b <mask>?")
+    )
+    [told] = differences({"prompt": then}, {"prompt": now})
+    before = "… is long. It is long. What is "
+    assert told == f'  prompt.text: {before}a <mask>?" then, {before}b <mask>?" now'
+    [told] = differences({"prompt": {}}, {"prompt": then})
+    assert told.startswith('  prompt.text: null then, "A chat. It is long.')
+    assert told.endswith("… now")
+
+
 def test_the_setting_can_be_read_by_whoever_can_read_the_words(run: Run) -> None:
     assert run() == 0
     modes = {path.stat().st_mode for path in Path("out").iterdir() if path.is_file()}
@@ -160,9 +179,38 @@ def test_the_setting_can_be_read_by_whoever_can_read_the_words(run: Run) -> None
     assert {path.name for path in Path("out/.label").iterdir()} == {"lock", "00000.json"}
 
 
-def test_a_directory_of_other_things_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(output="images") == 2
-    assert "holds other things, such as" in capsys.readouterr().err
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("images", "holds other things, such as"),
+        ("coco.json", "coco.json is not a directory"),
+        ("coco.json/out", "coco.json/out is not a directory"),
+    ],
+)
+def test_an_output_that_is_none_is_refused(
+    where: str,
+    told: str,
+    options: list[str],
+    run: Run,
+    stand_in: StandIn,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(*options, output=where) == 2
+    assert told in capsys.readouterr().err
+    assert stand_in.loads == []
+
+
+def test_an_output_that_cant_be_made_is_refused_before_a_model_is_loaded(
+    run: Run,
+    stand_in: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as it is for users other than root
+    assert run(output="some/where") == 2
+    assert f"cannot write {Path.cwd()}/some/where" in capsys.readouterr().err
+    assert stand_in.loads == []
 
 
 def test_lines_tell_the_models_and_the_prompts_versions(folder: Path, run: Run) -> None:
@@ -170,7 +218,7 @@ def test_lines_tell_the_models_and_the_prompts_versions(folder: Path, run: Run) 
     assert run("--seed", 4, output="seed") == 0
     shutil.copytree("checkpoint", "copy")
     assert run("--checkpoint", "copy", output="copied") == 0
-    Path("checkpoint/config.json").write_text('{"a": 1}')
+    Path("checkpoint/config.json").write_text('{"mask_token_id": 7}')
     assert run(output="other") == 0
     first, seed, copied, other = (lines(name)[0] for name in ("out", "seed", "copied", "other"))
     assert list(first) == [
@@ -278,6 +326,33 @@ def test_a_dry_run_estimates_from_a_sample_and_writes_nothing(
     )
 
 
+def test_a_dry_run_estimates_what_is_left(
+    run: Run, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--shards", 2, "--host", "1/2") == 0
+    before = contents("out")
+    left = len({line["image"] for line in lines("out")})
+    regions = len(lines("out"))
+    assert run("--dry-run") == 0
+    total = sum(len(data_files.masks(index)) for index in range(7))
+    told = capsys.readouterr().out
+    assert f"left: about {total - regions} regions of {7 - left} of the 7 images" in told
+    assert run("--host", "0/1") == 0
+    whole, loads = contents("out"), len(stand_in.loads)
+    assert run("--dry-run") == 0
+    assert capsys.readouterr().out == "nothing is left to do\n"
+    assert (contents("out"), len(stand_in.loads)) == (whole, loads)
+    assert before.items() - whole.items() == set()
+
+
+def test_a_dry_run_for_an_output_of_another_setting_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    assert run("--dry-run", "--seed", 1) == 2
+    assert "prompt.seed: 0 then, 1 now" in capsys.readouterr().err
+
+
 def test_progress_goes_on_where_it_was(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--shards", 2, "--host", "0/1") == 0
     told = capsys.readouterr().err
@@ -307,7 +382,7 @@ def test_units_are_bounded_in_images_and_regions(counts, expected, stand_in: Sta
 
 def test_a_bucket_gets_the_files_that_a_disk_gets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each unit is an object until its shard is complete; so it is after a kill between object and note."""
-    parts = [Part(b"line %d\n" % n, b"skip\n" * (n % 2), 1, 1, n % 2) for n in range(5)]
+    parts = [Part(b"line %d\n" % n, b"skip\n" * (n % 2), 1, 1, 1, n % 2, 0) for n in range(5)]
 
     def add(to: str, shards: dict[int, int], *units: tuple[int, int]) -> None:
         with Output(to, {"setting": {"x": 1}}, shards, 2) as out:

@@ -90,7 +90,11 @@ def test_interrupted_and_gone_on_with_the_files_are_those_of_an_undisturbed_run(
         ("cat\ndog\n\n cat \n", "labels.txt, line 4: 'cat' is in line 1 already"),
         (b"cat\nd\xffg\n", "labels.txt, line 2: this is no text in UTF-8"),
         ("\n  \n", "labels.txt holds no label"),
-        ("cat\n<mask>\n", "labels.txt: label '<mask>' holds a special token"),
+        ("cat\n<mask>\n", "labels.txt, line 2: label '<mask>' holds a special token"),
+        (
+            "\ncat\nred boat\nred▁boat\n",
+            "labels.txt, lines 3 and 4: labels 'red boat' and 'red▁boat' are the",
+        ),
         (None, "no file of labels at"),
     ],
 )
