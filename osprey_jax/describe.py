@@ -13,13 +13,12 @@ from typing import Any
 from tqdm import tqdm
 
 from osprey_jax import figure
+from osprey_jax.command_options import add_options, question_of, requested
 from osprey_jax.image import load_image
 from osprey_jax.masks import encode_rle
 from osprey_jax.predictor import Osprey
-from osprey_jax.prompt import PROTOCOLS
 from osprey_jax.region_files import Regions, read_regions
 from osprey_jax.region_lines import encode, mask_box, region_line
-from osprey_jax.request import Level, request
 
 USAGE_ERROR = 2
 _FEW = 3
@@ -78,38 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="a file, or several PNGs; see below",
     )
-    asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--level", choices=("short", "detailed"), help="default: short")
-    asked.add_argument(
-        "--question",
-        metavar="TEXT",
-        help='asked of each region, as in "What colour is <region>?"',
-    )
+    add_options(parser)
     add("--output", type=Path, metavar="FILE", help="JSON lines; without it, a table is printed")
     add("--figure", type=Path, metavar="FILE", help="draws the regions and their words, .png or .jpg")
-    add(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="limit of an answer; default: 64, or 512 for long ones",
-    )
-    add("--temperature", type=float, default=0.0, help="of sampling; default: 0, the likeliest words")
-    add("--top-p", type=float, default=1.0, help="samples among the likeliest tokens; default: 1, all")
-    add("--seed", type=int, default=0, help="of sampling; default: 0")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
-    level: Level = args.level or "short"
-    asked = request(
-        level,
-        question=args.question,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    asked = requested(args)
     inputs = [args.image, *args.masks]
     _check_target(args.output, inputs)
     _check_target(args.figure, [*inputs, args.output])
@@ -120,13 +95,11 @@ def _run(args: argparse.Namespace) -> None:
     image = load_image(args.image)
     regions = read_regions(args.masks, (image.shape[0], image.shape[1]), image_name=args.image.name)
     _report_skipped(args.masks[0], regions)
-    osprey = Osprey.load(args.checkpoint, dtype=args.dtype)
+    osprey = Osprey.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize)
     count = len(regions.masks)
     answers = osprey._describe(image, regions.masks, asked)
     texts = list(tqdm(answers, total=count, unit="region", disable=count <= _FEW))
-    question = args.question or PROTOCOLS[f"demo_{level}"].question
-    assert question is not None, "the demo's protocols have questions"
-    lines = _lines(args.image, regions, question, texts)
+    lines = _lines(args.image, regions, question_of(args), texts)
     if args.output is None:
         _print_table(lines)
     else:

@@ -35,6 +35,7 @@ LAYERS = (
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
     ("training_checkpoints", "train_config"),
     ("train",),
+    ("command_options",),
     ("describe", "label", "eval", "serve", "demo"),
 )
 """From the bottom up; a package's entry holds for what is in it, unless a longer entry does."""

@@ -28,12 +28,12 @@ SHORT = "Please give me a short description of <region>. Using a short phrase."
 class FakeOsprey:
     """Answers with the regions' areas; takes what the predictor takes and no more."""
 
-    loads: list[tuple[Path, str | None]]
+    loads: list[tuple[Path, str | None, str | None]]
     calls: list[dict]
     failure: Exception | None
 
-    def load(self, directory: Path, dtype: str | None = None) -> "FakeOsprey":
-        self.loads.append((directory, dtype))
+    def load(self, directory: Path, dtype: str | None = None, *, quantize: str | None = None) -> "FakeOsprey":
+        self.loads.append((directory, dtype, quantize))
         return self
 
     def _describe(self, *args: object, **options: object) -> Iterator[str]:
@@ -107,9 +107,9 @@ def test_ids_and_category_names_of_coco_annotations_are_in_the_output(osprey: Fa
 
 def test_the_predictor_gets_the_image_the_masks_and_every_option(osprey: FakeOsprey) -> None:
     sampling = ["--temperature", "0.5", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "7"]
-    options = ["--level", "detailed", "--dtype", "bfloat16", *sampling]
+    options = ["--level", "detailed", "--dtype", "bfloat16", "--quantize", "int8", "--stop", "!", *sampling]
     assert run(*options, "--output", "o.jsonl") == 0
-    assert osprey.loads == [(Path("checkpoint"), "bfloat16")]
+    assert osprey.loads == [(Path("checkpoint"), "bfloat16", "int8")]
     (call,) = osprey.calls
     np.testing.assert_array_equal(call["image"], np.asarray(Image.open("photo.png")))
     np.testing.assert_array_equal(call["masks"], [LABELS == 4, LABELS == 9])
@@ -118,14 +118,14 @@ def test_the_predictor_gets_the_image_the_masks_and_every_option(osprey: FakeOsp
     sampler, limit, seed, stop = call["asked"].decoding
     assert (sampler.temperature, sampler.top_p) == (0.5, np.float32(0.9))
     assert (limit, seed) == (7, 3)
-    assert stop == ()
+    assert stop == ("!",)
     question = "Can you give me a detailed description of <region>?"
     assert json.loads(Path("o.jsonl").read_text().splitlines()[0])["question"] == question
 
 
 def test_defaults_are_short_greedy_answers(osprey: FakeOsprey) -> None:
     assert run() == 0
-    assert osprey.loads == [(Path("checkpoint"), None)]
+    assert osprey.loads == [(Path("checkpoint"), None, None)]
     (call,) = osprey.calls
     [prompt] = call["asked"].prompts
     assert "Please give me a short description of <mask><pos>. Using a short phrase." in prompt

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from osprey_jax.checkpoint import load_quantization
+from osprey_jax.command_options import add_options, level_of, question_of, requested
 from osprey_jax.directories import as_path
 from osprey_jax.label import gallery
 from osprey_jax.label import plan as plans
@@ -24,8 +25,7 @@ from osprey_jax.label.setting import model_version, version
 from osprey_jax.label.ways import Choice, Way, Words, read_vocabulary
 from osprey_jax.predictor import Osprey
 from osprey_jax.prompt import PROTOCOLS, Tokenizer
-from osprey_jax.quantize import SCHEMES
-from osprey_jax.request import Level, checked_question, request
+from osprey_jax.request import checked_question
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -108,13 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help="is made, or gone on with; not needed for --dry-run")
     add("--shards", type=int, metavar="N", help="files of output; default: one for 5,000 images")
     add("--host", metavar="I/N", help="this is host I (from 0) of N; default: as JAX knows it, or 0/1")
-    asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--level", choices=("short", "detailed"), help="default: short")
-    asked.add_argument(
-        "--question",
-        metavar="TEXT",
-        help='asked of each region, as in "What colour is <region>?"',
-    )
+    add_options(parser)
     add("--labels", metavar="FILE", help="each region gets one of these labels, instead of words; see below")
     add(
         "--threshold",
@@ -130,24 +124,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="L",
         help="nor below this logprob; default: -inf",
     )
-    add(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="limit of an answer; default: 64, or 512 for long ones",
-    )
-    add("--temperature", type=float, default=0.0, help="of sampling; default: 0, the likeliest words")
-    add("--top-p", type=float, default=1.0, help="samples among the likeliest tokens; default: 1, all")
-    add("--seed", type=int, default=0, help="of sampling; default: 0")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="ends an answer before it; may be repeated",
-    )
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
-    add("--quantize", choices=tuple(SCHEMES), help="low precision of the decoder's matrices; default: none")
     add(
         "--give-up-after",
         type=int,
@@ -273,28 +249,17 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], how: str) -> None:
 
 def _words(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
     """The way to answer, the question, and what answers depend on beside the model and its precision."""
-    level: Level = args.level or "short"
-    asked = request(
-        level,
-        question=args.question,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=args.stop,
-    )
-    question = args.question or PROTOCOLS[f"demo_{level}"].question
-    assert question is not None, "the demo's protocols have questions"
+    asked = requested(args)
     setting = {
         "text": asked.prompts[0],
-        "level": None if args.question else level,
+        "level": None if args.question else level_of(args),
         "max_new_tokens": asked.decoding.limit,
         "temperature": args.temperature,
         "top_p": args.top_p,
         "seed": args.seed,
         "stop": args.stop,
     }
-    return Words(asked), question, setting
+    return Words(asked), question_of(args), setting
 
 
 def _choice(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
@@ -319,8 +284,7 @@ def _choice(args: argparse.Namespace) -> tuple[Way, str, dict[str, Any]]:
 
 
 def _load(args: argparse.Namespace) -> Osprey:
-    quantize = {} if args.quantize is None else {"quantize": args.quantize}
-    return Osprey.load(args.checkpoint, dtype=args.dtype, **quantize)
+    return Osprey.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize)
 
 
 def _host(given: str | None) -> tuple[int, int]:
