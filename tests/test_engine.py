@@ -1,5 +1,8 @@
 """Batches of regions against the torch reference, which answers one at a time and knows no prefix."""
 
+import itertools
+import threading
+import time
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +30,8 @@ NEVER = -1
 """No token's id: answers go on up to their limit."""
 COMMON = 60
 """A token that ends most answers about `MASKS`, at many lengths."""
+COMMON_OF_BOTH = 364
+"""A token that ends some answers about each of `BOTH`, at many lengths."""
 
 
 def boxes(count: int, seed: int) -> np.ndarray:
@@ -40,6 +45,7 @@ def boxes(count: int, seed: int) -> np.ndarray:
 
 IMAGE, MASKS = picture(60, 80), boxes(21, seed=0)
 SEVERAL = [(picture(60, 80, seed), boxes(count, seed)) for seed, count in enumerate((5, 3, 8), 1)]
+BOTH = [(picture(60, 80, seed), boxes(12, seed)) for seed in (7, 6)]
 
 
 class Two:
@@ -57,12 +63,15 @@ class Two:
         self.config = our_config(SIZES)
         self.params = our_params(self.reference.release_state_dict(), self.config)
         self.ours = Osprey(self.config, self.params, tokenizer)
+        self.known: dict[tuple[bytes, bytes, int, str], list[int]] = {}
 
     def expected(self, image: np.ndarray, mask: np.ndarray, limit: int, prompt: str = SHORT) -> list[int]:
         """Torch's answer about one region alone, its end token included."""
-        ids = self.ours.tokenize(prompt)
-        whole = self.reference.greedy(image, mask[None], ids, limit, eos_id=NEVER)
-        end = self.tokenizer.eos_id
+        key = (image.tobytes(), mask.tobytes(), limit, prompt)
+        if key not in self.known:
+            ids = self.ours.tokenize(prompt)
+            self.known[key] = self.reference.greedy(image, mask[None], ids, limit, eos_id=NEVER)
+        whole, end = self.known[key], self.tokenizer.eos_id
         return whole[: whole.index(end) + 1] if end in whole else whole
 
 
@@ -143,6 +152,23 @@ def test_regions_of_several_images_answer_as_each_alone_in_torch(two: Two, calls
     assert calls.prefixes == calls.shared == calls.images
 
 
+def test_answers_about_several_images_that_end_at_uneven_lengths_are_torchs(
+    two: Two, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(two.tokenizer, "eos_id", COMMON_OF_BOTH)
+    expected = [[two.expected(image, mask, 12) for mask in masks] for image, masks in BOTH]
+    ends = [[len(ids) < 12 for ids in answers] for answers in expected]
+    assert all(len({len(ids) for ids in answers}) > 3 for answers in expected)
+    prepared = [two.ours.prepare(image, masks) for image, masks in BOTH]
+    found = two.ours.answer(prepared, request.request(max_new_tokens=12))
+    assert [[one.token_ids for one in answers] for answers in found] == expected
+    # The batch of both shrank while rows of both were under way, and not the same ones.
+    assert calls.images == [2]
+    assert (calls.rows[0], calls.rows[-1]) == (24, 16)
+    assert {*ends[0]} == {*ends[1]} == {True, False}
+    assert ends[0] != ends[1]
+
+
 def test_many_images_are_described_in_their_order(two: Two, calls: Calls) -> None:
     decode, keep = two.tokenizer.decode, PROTOCOLS["demo_short"].keep
     expected = [[keep(decode(two.expected(image, mask, 12))) for mask in masks] for image, masks in SEVERAL]
@@ -204,18 +230,19 @@ def test_batches_are_such_that_all_caches_fit_the_device(
     assert [one.token_ids for one in found] == [two.expected(IMAGE, mask, limit) for mask in MASKS]
 
 
+def cut(two: Two, ids: list[int], stops: Sequence[str]) -> tuple[str, list[int]]:
+    """The text before the first of `stops`, and the ids up to the one that completes it."""
+    decode = two.tokenizer.decode
+    for size in range(1, len(ids) + 1):
+        text = decode(ids[:size])
+        if any(stop in text for stop in stops):
+            return text[: min(text.index(stop) for stop in stops if stop in text)], ids[:size]
+    return decode(ids), ids
+
+
 def test_a_stop_text_ends_its_own_answer_alone(two: Two) -> None:
-    whole = [two.expected(IMAGE, mask, 12) for mask in MASKS[:8]]
-    decode, stops = two.tokenizer.decode, ("ight", "hild")
-
-    def cut(ids: list[int]) -> tuple[str, list[int]]:
-        for size in range(1, len(ids) + 1):
-            text = decode(ids[:size])
-            if any(stop in text for stop in stops):
-                return text[: min(text.index(stop) for stop in stops if stop in text)], ids[:size]
-        return decode(ids), ids
-
-    expected = [cut(ids) for ids in whole]
+    whole, stops = [two.expected(IMAGE, mask, 12) for mask in MASKS[:8]], ("ight", "hild")
+    expected = [cut(two, ids, stops) for ids in whole]
     shortened = [one[1] != ids for one, ids in zip(expected, whole, strict=True)]
     assert set(shortened) == {True, False}
     found = two.ours.generate(IMAGE, MASKS[:8], SHORT, max_new_tokens=12, stop=stops)
@@ -223,27 +250,67 @@ def test_a_stop_text_ends_its_own_answer_alone(two: Two) -> None:
     assert all(len(one.logprobs) == len(one.token_ids) for one in found)
 
 
-def sampled(two: Two, scenes: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[list[list[int]]]:
+def test_decoding_ends_once_each_answer_has_had_a_stop_text(two: Two, calls: Calls) -> None:
+    stops = ("2", "hi", "on", "ight")
+    expected = [cut(two, two.expected(IMAGE, mask, 12), stops) for mask in MASKS[:8]]
+    lengths = {len(ids) for _, ids in expected}
+    assert len(lengths) > 2
+    assert max(lengths) <= 1 + engine._STOP_STEPS < 12
+    found = two.ours.generate(IMAGE, MASKS[:8], SHORT, max_new_tokens=12, stop=stops)
+    assert [(one.text, one.token_ids) for one in found] == expected
+    # The batch as it began and one run of decoding; a second one would go to the limit.
+    assert calls.rows == [8, 8]
+
+
+def sampled(
+    two: Two, scenes: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float = 1.5
+) -> list[list[list[int]]]:
     """Token ids of answers that are drawn, of images that are answered together."""
-    asked = request.request(max_new_tokens=12, temperature=1.5, top_p=0.95, seed=4)
+    asked = request.request(max_new_tokens=12, temperature=temperature, top_p=0.95, seed=4)
     answers = two.ours.answer([two.ours.prepare(*scene) for scene in scenes], asked)
     return [[one.token_ids for one in each] for each in answers]
 
 
-def test_what_is_drawn_depends_on_no_other_region_and_no_other_image(two: Two) -> None:
-    [[_, first], [_, second]] = together = [sampled(two, SEVERAL[1:]), sampled(two, [SEVERAL[0], SEVERAL[2]])]
+def test_what_is_drawn_depends_on_no_other_region_and_no_other_image(two: Two, calls: Calls) -> None:
+    [three, first], [five, second] = sampled(two, SEVERAL[1:]), sampled(two, [SEVERAL[0], SEVERAL[2]])
+    assert calls.images == [2, 2]
     assert first == second
-    assert len({tuple(ids) for [ids, *_] in together[0]}) == 2
+    assert len({tuple(ids) for [ids, *_] in (three, five, first)}) == 3
+    # Each image alone, wherever it was in its group; one of them among other regions.
     image, masks = SEVERAL[2]
     assert sampled(two, [(image, masks)]) == [first]
+    assert sampled(two, [SEVERAL[0]]) == [five]
+    more = np.concatenate([SEVERAL[1][1], MASKS[:5]])
+    assert sampled(two, [(SEVERAL[1][0], more)])[0][:3] == three
     assert sampled(two, [(image, masks[:1])]) == [first[:1]]
     others = np.where((np.arange(8) == 5)[:, None, None], masks, MASKS[:8])
     [changed] = sampled(two, [(image, others)])
-    assert [one == other for one, other in zip(changed, first, strict=True)].index(True) == 5
-    # The number counts: equal regions draw each for itself.
-    [equal] = sampled(two, [(image, np.stack([masks[0]] * 8))])
-    assert equal[0] == first[0]
-    assert len({tuple(ids) for ids in equal}) > 5
+    assert changed[5] == first[5]
+    assert sum(one != other for one, other in zip(changed, first, strict=True)) > 2
+
+
+def test_equal_regions_draw_each_for_itself_whatever_batch_they_are_in(
+    two: Two, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, masks = SEVERAL[2]
+    equal = [(image, np.stack([masks[0]] * 8))]
+    [together] = sampled(two, equal)
+    assert together[0] == sampled(two, [(image, masks)])[0][0]
+    assert len({tuple(ids) for ids in together}) > 5
+    calls.rows.clear()
+    monkeypatch.setattr(engine, "capacity", lambda *_: engine.Capacity(rows=4))
+    assert sampled(two, equal) == [together]
+    assert set(calls.rows) == {4}
+    assert together[:4] != together[4:]
+
+
+def test_each_token_of_each_region_is_drawn_anew(two: Two) -> None:
+    # So warm that logits hardly count: what is drawn is one of 402 tokens, nearly evenly.
+    [answers] = sampled(two, SEVERAL[2:], temperature=1e4)
+    drawn = list(itertools.chain(*answers))
+    assert len(drawn) > 60
+    # Of 96 draws, 85 are expected to differ, within 3; of one draw for a row or a step, 8 or 12.
+    assert len(set(drawn)) > 0.8 * len(drawn)
 
 
 def assert_torchs_on_a_mesh(two: Two, split: Osprey) -> None:
@@ -272,13 +339,52 @@ def test_a_checkpoint_restored_in_parts_onto_a_mesh_of_three_axes_answers_as_tor
     assert_torchs_on_a_mesh(two, loaded)
 
 
-def test_a_wrong_item_is_named_after_those_before_it_are_answered(two: Two) -> None:
-    image, masks = SEVERAL[0]
-    items = [*SEVERAL[:2], (image, masks[:, :-1]), SEVERAL[2]]
-    answers = two.ours.describe_many(items, max_new_tokens=12)
+WRONG = {
+    "masks of another size": ((IMAGE, MASKS[:, :-1]), ValueError, r"item 2: .*\(59, 80\)"),
+    "no such file": (("nowhere.png", MASKS), FileNotFoundError, r"item 2: no image at nowhere\.png"),
+    "no pair": ((IMAGE,), ValueError, "item 2 must be an image and its masks"),
+    "the caller's own error": (RuntimeError("the shard broke off"), RuntimeError, "the shard broke off"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_an_item_is_raised_after_those_before_it_are_answered(two: Two, case: str) -> None:
+    wrong, kind, message = WRONG[case]
+
+    def items() -> Iterator[object]:
+        yield from SEVERAL[:2]
+        if isinstance(wrong, Exception):
+            raise wrong
+        yield wrong
+        yield SEVERAL[2]
+
+    answers = two.ours.describe_many(items(), max_new_tokens=12)
     keep = PROTOCOLS["demo_short"].keep
-    for image, masks in items[:2]:
+    for image, masks in SEVERAL[:2]:
         expected = [keep(two.tokenizer.decode(two.expected(image, mask, 12))) for mask in masks]
         assert next(answers) == expected
-    with pytest.raises(ValueError, match=r"item 2: .*\(59, 80\)"):
+    with pytest.raises(kind, match=message):
         next(answers)
+
+
+def test_a_stream_that_is_left_early_reads_no_further(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "WINDOW_REGIONS", 1)
+    monkeypatch.setattr(two.ours, "answer", lambda window, asked: [[] for _ in window])
+    taken = []
+
+    def slowly() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        while True:
+            time.sleep(0.1)
+            taken.append(SEVERAL[0])
+            yield SEVERAL[0]
+
+    def reading() -> bool:
+        return any(thread.name.startswith("reading ahead") for thread in threading.enumerate())
+
+    answers = two.ours.describe_many(slowly())
+    assert next(answers) == []
+    assert reading()
+    answers.close()
+    assert not reading()
+    # What was still to be read ahead, so many items, was called off.
+    assert len(taken) < engine.WINDOW_IMAGES
