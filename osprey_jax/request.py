@@ -81,7 +81,7 @@ def decoding(
         raise ValueError(f"seed must have at most 64 bits, got {number}")
     if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
-    if temperature > np.finfo(np.float32).max:
+    if temperature > float(np.finfo(np.float32).max):
         raise ValueError(f"temperature must be a number that float32 has, got {temperature!r}")
     if not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
