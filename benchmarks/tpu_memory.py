@@ -11,11 +11,11 @@ and the program's own results and temporaries. Exit status 1 if any of it is abo
 """
 
 import argparse
-import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 # Nothing runs; these keep libtpu from looking for a chip and for its neighbours.
@@ -31,7 +31,6 @@ from osprey_jax import engine, generate
 from osprey_jax.config import osprey_7b
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models import osprey as network
-from osprey_jax.models.llama import unstack_layers
 from osprey_jax.quantize import SCHEMES
 
 GIB = 1 << 30
@@ -81,7 +80,7 @@ def programs(device: Any, quantization: str | None, regions: int, tokens: int) -
     model = network.Osprey(config, dtype, scan_layers=False, quantization=quantization)
     boxed = network.abstract_params(config, dtype, quantization=quantization)
     params = {**boxed, "extractor": network.abstract_params(config, "float32")["extractor"]}
-    params["decoder"] = jax.eval_shape(lambda x: unstack_layers(dict(x)), boxed["decoder"])
+    params = jax.eval_shape(partial(network.unstack_params, blocks=False), params)
     params = placed(params, device)
     weights = size_of(device, params)
 
@@ -101,7 +100,7 @@ def programs(device: Any, quantization: str | None, regions: int, tokens: int) -
     number = array((), "int32")
     keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), device)
     given = {"sampler": generate.Greedy(), "limit": number, "eos_id": number}
-    compile_ = functools.partial(compiled, device)
+    compile_ = partial(compiled, device)
 
     images = array((1, vision.image_size, vision.image_size, 3), "float32")
     needs, (features, image_tokens) = compile_(generate.encode, model, params, images)

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from osprey_jax.generate import logits, mask_tokens
 from osprey_jax.image import ImageLike, load_image, preprocess
 from osprey_jax.masks import MaskPyramid, as_masks, mask_pyramid
 from osprey_jax.models import osprey as architecture
-from osprey_jax.models.llama import unstack_layers
 from osprey_jax.prompt import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_ID,
@@ -91,16 +90,19 @@ class Osprey:
                 f"the tokenizer has {MASK_TOKEN} and {POSITION_TOKEN} at {ids}, the model's config at "
                 f"{(config.mask_token_id, config.position_token_id)}"
             )
-        decoder = dict(params["decoder"])
-        if "layers" in decoder:
-            params = {**params, "decoder": unstack_layers(decoder)}
-        if mesh is None:
-            params = jax.device_put(params)
-        else:
-            boxed = architecture.boxed_params(config, scan_layers=False, quantization=quantization)
-            params = jax.device_put(params, param_shardings(boxed, mesh, GENERATION_RULES))
+        # The caller's own tree keeps its stacks.
+        params = _unstacked(jax.tree.map(lambda leaf: leaf, params))
+        how: dict[str, Any] = {
+            "scan_layers": False,
+            "scan_blocks": not _blocks_apart(),
+            "quantization": quantization,
+        }
+        places = None
+        if mesh is not None:
+            places = param_shardings(architecture.boxed_params(config, **how), mesh, GENERATION_RULES)
+        params = jax.device_put(params, places)
         self.config, self.tokenizer = config, tokenizer
-        model = architecture.Osprey(config, jnp.dtype(dtype), scan_layers=False, quantization=quantization)
+        model = architecture.Osprey(config, jnp.dtype(dtype), **how)
         self.network = engine.Network(model, params, mesh)
 
     @classmethod
@@ -136,8 +138,7 @@ class Osprey:
         quantization = checkpoint.load_quantization(directory, quantize)
         wanted, originals = (_shapes(config, dtype, name, mesh) for name in (quantization, None))
         unquantized = None if quantization is None else originals
-        params = checkpoint.load_params(directory, wanted, unquantized=unquantized)
-        params["decoder"] = unstack_layers(params["decoder"])
+        params = _unstacked(checkpoint.load_params(directory, wanted, unquantized=unquantized))
         return cls(config, params, tokenizer, dtype=dtype, quantization=quantization, mesh=mesh)
 
     @property
@@ -416,6 +417,15 @@ class Osprey:
             )
         place = ids.index(IMAGE_TOKEN_ID)
         return ids[:place] + [IMAGE_TOKEN_ID] * self.config.vision.num_image_tokens + ids[place + 1 :]
+
+
+def _blocks_apart() -> bool:
+    """Whether the tower's blocks are: elsewhere than on CPU they would compile longer for little."""
+    return jax.default_backend() == "cpu"
+
+
+def _unstacked(params: Params) -> Params:
+    return architecture.unstack_params(params, blocks=_blocks_apart())
 
 
 def _shapes(config: OspreyConfig, dtype: str, quantization: str | None, mesh: Mesh | None) -> Params:

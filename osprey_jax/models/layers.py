@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from osprey_jax import quantize
 from osprey_jax.ops.norms import layer_norm, rms_norm
 from osprey_jax.ops.precision import matmul_precision
-from osprey_jax.typing import Array
+from osprey_jax.typing import Array, Params
 
 
 def constrain(x: Array, axes: Sequence[str | None]) -> Array:
@@ -30,6 +31,20 @@ def constrain(x: Array, axes: Sequence[str | None]) -> Array:
 def logical(init: nn.initializers.Initializer, *axes: str | None) -> nn.initializers.Initializer:
     """Boxes what `init` makes with the logical name of each axis."""
     return nn.with_logical_partitioning(init, axes)
+
+
+def unstack(params: dict[str, Any], name: str) -> Params:
+    """Parameters in which what is stacked under `name` for a scan is apart: `name_0`, `name_1`, ….
+
+    Stacks are taken out of `params[name]` one by one, so that no more than one of them need be there twice.
+    """
+    leaves, tree = jax.tree.flatten(params.pop(name))
+    count = leaves[0].shape[0]
+    for place, stacked in enumerate(leaves):
+        leaves[place] = [stacked[number] for number in range(count)]
+        del stacked
+    parts = (jax.tree.unflatten(tree, [leaf[number] for leaf in leaves]) for number in range(count))
+    return {**params, **{f"{name}_{number}": part for number, part in enumerate(parts)}}
 
 
 class Linear(nn.Module):

@@ -3,7 +3,7 @@
 Reference: Touvron et al., Llama 2, arXiv 2307.09288; weights as Hugging Face's `LlamaForCausalLM`.
 Differs: who sees whom is told by positions and segment ids, never by a token's place in the buffer. Layers
 are stacked and scanned, which compiles fast, for training; for generation each has parameters of its own
-(`unstack_layers`), for a scan copies the weights that a step reads.
+(`layers.unstack`), for a scan copies the weights that a step reads.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from osprey_jax.config import DecoderConfig
 from osprey_jax.models.layers import Linear, RMSNorm, constrain, logical
 from osprey_jax.ops.attention import attention, visibility
 from osprey_jax.ops.rotary import apply_rotary
-from osprey_jax.typing import Array, Bool, Float, Int, Params
+from osprey_jax.typing import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
@@ -269,18 +269,3 @@ class Embedding(nn.Module):
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", logical(init, "vocab", "embed"), (self.vocab_size, self.dim))
         return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
-
-
-def unstack_layers(params: dict[str, Any]) -> Params:
-    """A decoder's parameters with each layer's apart, as `Llama` has them where it doesn't scan.
-
-    Takes the stacked ones out of `params`, so that no more than one of them need be there twice.
-    """
-    leaves, tree = jax.tree.flatten(params["layers"])
-    del params["layers"]
-    count = leaves[0].shape[0]
-    for place, stacked in enumerate(leaves):
-        leaves[place] = [stacked[number] for number in range(count)]
-        del stacked
-    layers = (jax.tree.unflatten(tree, [leaf[number] for leaf in leaves]) for number in range(count))
-    return {**params, **{f"layers_{number}": layer for number, layer in enumerate(layers)}}

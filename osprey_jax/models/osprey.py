@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from osprey_jax.config import OspreyConfig
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.convnext import ConvNeXt
-from osprey_jax.models.layers import Linear, constrain
+from osprey_jax.models.layers import Linear, constrain, unstack
 from osprey_jax.models.llama import Cache, Llama
 from osprey_jax.models.mask_extractor import MaskExtractor
 from osprey_jax.prompt import IMAGE_TOKEN_ID
@@ -58,12 +58,14 @@ class Osprey(nn.Module):
     config: OspreyConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     scan_layers: bool = True
-    """Whether the decoder's layers are stacked; for generation they are apart (`unstack_layers`)."""
+    """Whether the decoder's layers are stacked; for generation they are apart (`unstack_params`)."""
+    scan_blocks: bool = True
+    """Whether the blocks of the tower's stages are stacked."""
     quantization: str | None = None
 
     def setup(self) -> None:
         c = self.config
-        self.vision = ConvNeXt(c.vision, self.dtype)
+        self.vision = ConvNeXt(c.vision, self.dtype, self.scan_blocks)
         self.projector = Projector(c.decoder.dim, self.dtype)
         self.extractor = MaskExtractor(c.extractor, c.decoder.dim)
         self.decoder = Llama(c.decoder, self.dtype, self.scan_layers, self.quantization)
@@ -200,24 +202,40 @@ def _region_order(
     return jnp.maximum(images, 0) // image_tokens * regions + jnp.maximum(seen - 1 - before, 0)
 
 
-def _init(config: OspreyConfig, key: Array, *, scan_layers: bool, quantization: str | None) -> Params:
-    """Fresh parameters, boxed with their logical axes."""
+def _init(config: OspreyConfig, key: Array, **options: Any) -> Params:
+    """Fresh parameters, boxed with their logical axes; `options` are fields of `Osprey`."""
     vision, size = config.vision, config.extractor.position_size
     masks = MaskPyramid(
         levels=tuple(jnp.zeros((1, 1, side, side), bool) for side in vision.level_sizes),
         position=jnp.zeros((1, 1, size, size), jnp.float32),
     )
     images = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32)
-    model = Osprey(config, scan_layers=scan_layers, quantization=quantization)
-    return model.init(key, images, masks, jnp.zeros((1, 1), jnp.int32))["params"]
+    return Osprey(config, **options).init(key, images, masks, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def boxed_params(
-    config: OspreyConfig, *, scan_layers: bool = True, quantization: str | None = None
+    config: OspreyConfig,
+    *,
+    scan_layers: bool = True,
+    scan_blocks: bool = True,
+    quantization: str | None = None,
 ) -> Params:
     """Shapes of all parameters, boxed with their logical axes: float32, or quantised; allocates nothing."""
-    init = partial(_init, config, scan_layers=scan_layers, quantization=quantization)
+    init = partial(_init, config, scan_layers=scan_layers, scan_blocks=scan_blocks, quantization=quantization)
     return jax.eval_shape(init, jax.random.key(0))
+
+
+def unstack_params(params: Any, *, blocks: bool) -> Params:
+    """The parameters as generation takes them: the decoder's layers apart, and if told, the tower's blocks.
+
+    What is so already stays. Stacks are taken out of `params`, as `layers.unstack` does.
+    """
+    decoder, vision = params["decoder"], params["vision"]
+    if "layers" in decoder:
+        decoder = unstack(decoder, "layers")
+    if blocks:
+        vision = {k: unstack(part, "blocks") if "blocks" in part else part for k, part in vision.items()}
+    return {**params, "decoder": decoder, "vision": vision}
 
 
 def abstract_params(
@@ -237,4 +255,4 @@ def abstract_params(
 
 def init_params(config: OspreyConfig, key: Array) -> Params:
     """Fresh float32 parameters."""
-    return nn.unbox(jax.jit(partial(_init, config, scan_layers=True, quantization=None))(key))
+    return nn.unbox(jax.jit(partial(_init, config))(key))

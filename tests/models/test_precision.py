@@ -14,7 +14,8 @@ import pytest
 from osprey_jax.config import DecoderConfig, ExtractorConfig, OspreyConfig, VisionConfig
 from osprey_jax.masks import MaskPyramid, mask_pyramid
 from osprey_jax.models.convnext import Block
-from osprey_jax.models.llama import Llama, init_cache, unstack_layers
+from osprey_jax.models.layers import unstack
+from osprey_jax.models.llama import Llama, init_cache
 from osprey_jax.models.osprey import Osprey, abstract_params
 from osprey_jax.prompt import IMAGE_TOKEN_ID
 from osprey_jax.typing import Array, Params
@@ -137,7 +138,7 @@ def assert_gradients_are_near(
 @pytest.mark.parametrize("cache_dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_a_cache_keeps_its_dtype(cache_dtype: jnp.dtype, params: Params) -> None:
     decoder = Llama(CONFIG.decoder, BFLOAT16, scan_layers=False)
-    variables = {"params": unstack_layers(dict(params["decoder"]))}
+    variables = {"params": unstack(dict(params["decoder"]), "layers")}
     cache = init_cache(CONFIG.decoder, 1, 8, dtype=cache_dtype)
     x = jax.random.normal(jax.random.key(1), (1, 5, 32))
     ones, positions = jnp.ones((1, 5), jnp.int32), jnp.arange(5)[None, :]

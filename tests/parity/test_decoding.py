@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from osprey_jax.models.llama import Cache, Llama, init_cache, unstack_layers
+from osprey_jax.models.layers import unstack
+from osprey_jax.models.llama import Cache, Llama, init_cache
 from osprey_jax.typing import Array
 from tests.parity.bridge import Pair, assert_steps_agree
 
@@ -37,7 +38,7 @@ def decode(grouped: Pair) -> Decode:
     With `cache` and, for the decoder's `prefix`, `shared`.
     """
     decoder = Llama(grouped.config.decoder, scan_layers=False)
-    variables = {"params": unstack_layers(dict(grouped.params["decoder"]))}
+    variables = {"params": unstack(dict(grouped.params["decoder"]), "layers")}
 
     @jax.jit
     def run(
