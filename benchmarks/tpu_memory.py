@@ -7,10 +7,12 @@ A case is a chip and what the decoder's matrices are in ("bfloat16", "int8", "in
 is bfloat16, and the extractor float32. For each case the engine's programs are compiled with the sizes that
 describing so many regions of one image gives them. For each program a row tells what is in memory while it
 runs: all parameters, what the engine keeps meanwhile (the tower's features, the prefix, the rows' caches),
-and the program's own results and temporaries. Exit status 1 if any of it is above the chip's limit.
+and the program's own results and temporaries. GFLOP and GB read and written are the compiler's count, of
+decoding that of one step. Exit status 1 if any of it is above the chip's limit.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -47,6 +49,9 @@ class Measured(NamedTuple):
     temporaries: int
     results: int
     """Without what is written into its arguments' memory."""
+    flops: float
+    accessed: float
+    """Bytes read and written; as the operations, of one step where a program is a loop."""
     seconds: float
 
 
@@ -54,10 +59,16 @@ def compiled(device: Any, function: Callable, *args: Any, **options: Any) -> tup
     """Compiles a jitted function for the device; its needs, and the shapes of its results."""
     begin = time.monotonic()
     lowered = function.lower(*args, **options)
-    memory = lowered.compile().memory_analysis()
+    program = lowered.compile()
+    memory, cost = program.memory_analysis(), program.cost_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     measured = Measured(
-        memory.argument_size_in_bytes, memory.temp_size_in_bytes, results, time.monotonic() - begin
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        results,
+        cost.get("flops", 0.0),
+        cost.get("bytes accessed", 0.0),
+        time.monotonic() - begin,
     )
     return measured, placed(lowered.out_info, device)
 
@@ -74,7 +85,9 @@ def size_of(device: Any, *trees: Any) -> int:
     return measured.arguments
 
 
-def programs(device: Any, quantization: str | None, regions: int, tokens: int) -> Iterator[tuple]:
+def programs(
+    device: Any, quantization: str | None, regions: int, tokens: int, limit: float
+) -> Iterator[tuple]:
     """Compiles what describing takes, in order: name, needs, and bytes in memory at that time."""
     config, dtype = osprey_7b(), jnp.dtype("bfloat16")
     model = network.Osprey(config, dtype, scan_layers=False, quantization=quantization)
@@ -90,9 +103,12 @@ def programs(device: Any, quantization: str | None, regions: int, tokens: int) -
     def padded(count: int, step: int) -> int:
         return -(-count // step) * step
 
-    vision, rows = config.vision, engine.row_bucket(regions)
-    room = engine.FIRST_ROOM
-    places = max(room, 1 << (tokens - 1).bit_length())
+    vision, room, places = config.vision, engine.FIRST_ROOM, engine.places_for(tokens)
+    length = vision.num_image_tokens + TEXT_TOKENS
+    fits = engine.fitting(
+        model, limit * GIB - weights, prefix=length, rest=REST_TOKENS, limit=tokens, images=1
+    )
+    rows = engine.row_bucket(math.ceil(regions / math.ceil(regions / fits.rows)))
     masks = MaskPyramid(
         levels=tuple(array((1, rows, side, side), "bool") for side in vision.level_sizes),
         position=array((1, rows, *(config.extractor.position_size,) * 2), "float32"),
@@ -106,7 +122,7 @@ def programs(device: Any, quantization: str | None, regions: int, tokens: int) -
     needs, (features, image_tokens) = compile_(generate.encode, model, params, images)
     yield "tower", needs, weights + size_of(device, images)
     kept = weights + size_of(device, features, image_tokens)
-    ids = array((1, padded(vision.num_image_tokens + TEXT_TOKENS, engine.PREFIX_STEP)), "int32")
+    ids = array((1, padded(length, engine.PREFIX_STEP)), "int32")
     needs, prefix = compile_(
         generate.prefill, model, params, ids, array((1,), "int32"), image_tokens, features, None
     )
@@ -124,7 +140,7 @@ def programs(device: Any, quantization: str | None, regions: int, tokens: int) -
             wanted=array((rows,), "bool"), enough=number, steps=number, **given,
         )  # fmt: skip
         own = size_of(device, answers)
-        yield f"decode, room for {room}", needs, kept + own
+        yield f"decode, {rows} × {room}", needs, kept + own
         if room == places:
             return
         roomier = min(room * engine.ROOM_GROWTH, places)
@@ -154,15 +170,19 @@ def main() -> int:
         )
         limit = LIMITS[chip]
         print(f"Osprey-7B, {name}, {args.regions} regions, on one {chip} chip with {limit} GiB; in GiB:")
-        print("program                arguments  temporaries  results  in memory  left  compiled in")
+        print(
+            "program                arguments  temporaries  results  in memory  left"
+            "      GFLOP        GB  compiled in"
+        )
         for program, needs, kept in programs(
-            topology.devices[0], None if name == "bfloat16" else name, args.regions, args.tokens
+            topology.devices[0], None if name == "bfloat16" else name, args.regions, args.tokens, limit
         ):
             total = (kept + needs.temporaries + needs.results) / GIB
             fits &= total <= limit
             print(
                 f"{program:<22} {needs.arguments / GIB:9.2f}  {needs.temporaries / GIB:11.2f}  "
-                f"{needs.results / GIB:7.2f}  {total:9.2f}  {limit - total:4.1f}  {needs.seconds:9.0f} s",
+                f"{needs.results / GIB:7.2f}  {total:9.2f}  {limit - total:4.1f}  "
+                f"{needs.flops / 1e9:9.1f} {needs.accessed / 1e9:9.2f}  {needs.seconds:9.0f} s",
                 flush=True,
             )
     return 0 if fits else 1

@@ -293,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.to_torch:
             to_torch(source, destination)
         elif args.quantize and (Path(source) / "params").is_dir():
+            if args.dtype or args.vision_tower or args.projector or args.decoder:
+                raise ValueError(f"{source} is an osprey-jax checkpoint: give SRC, DST and --quantize only")
             to_low_precision(source, destination, args.quantize)
         else:
             convert(

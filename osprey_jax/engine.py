@@ -40,7 +40,7 @@ _FEW_ROWS = 8
 _STOP_STEPS = 8
 """Tokens between two searches for stop strings."""
 _CACHES = 0.5
-"""Of a device's memory beside the parameters: what caches may take, twice while they grow."""
+"""Of a device's memory beside the parameters: what caches may take."""
 
 
 class Network(NamedTuple):
@@ -133,14 +133,34 @@ def capacity(network: Network, asked: Sequence[Asked], limit: int) -> Capacity:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(network.params)
     )
-    decoder, dtype = network.model.config.decoder, jnp.dtype(network.model.dtype)
-    of_slot = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * dtype.itemsize
-    slots = max(size - held, 0) * _CACHES / of_slot
     prefix = max(len(one.prefix) for one in asked)
-    # A cache that grows is there twice.
-    row = 2 * (max(len(ids) for one in asked for ids in one.rest) + limit)
-    images = max(1, min(MAX_IMAGES, int(slots / 2 / prefix)))
+    rest = max(len(ids) for one in asked for ids in one.rest)
+    return fitting(network.model, size - held, prefix=prefix, rest=rest, limit=limit, images=len(asked))
+
+
+def fitting(model: Osprey, free: float, *, prefix: int, rest: int, limit: int, images: int) -> Capacity:
+    """`capacity` where `free` bytes are left beside the parameters.
+
+    Args:
+      model: the network.
+      free: bytes.
+      prefix: tokens that an image's prompts begin with.
+      rest: tokens that follow in a prompt, at most.
+      limit: tokens of an answer at most.
+      images: how many are asked about.
+    """
+    decoder, dtype = model.config.decoder, jnp.dtype(model.dtype)
+    of_slot = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * dtype.itemsize
+    slots = max(free, 0) * _CACHES / of_slot
+    # A cache is there twice while it grows, and compilers may copy it while it is written.
+    row = 2 * (math.ceil(rest / SUFFIX_STEP) * SUFFIX_STEP + places_for(limit))
+    images = max(1, min(MAX_IMAGES, images, int(slots / 2 / prefix)))
     return Capacity(_bucket_within(max(1, min(MAX_ROWS, int((slots - images * prefix) / row)))), images)
+
+
+def places_for(limit: int) -> int:
+    """Places of the buffers for answers of at most `limit` tokens."""
+    return max(FIRST_ROOM, 1 << (limit - 1).bit_length())
 
 
 def _bucket_within(count: int) -> int:
@@ -215,7 +235,7 @@ def _answer_batch(
     filled = [ids for rest in rests for ids in [*rest, *[[how.pad_id]] * (width - len(rest))]]
     ids, length = padded(filled, SUFFIX_STEP, how.pad_id)
     numbers = np.tile(np.arange(start, start + width, dtype=np.uint32), len(asked))
-    places = max(FIRST_ROOM, 1 << (how.limit - 1).bit_length())
+    places = places_for(how.limit)
     # Which of an image's answers a row makes; -1 for none any more.
     owner = np.stack([np.where(np.arange(width) < len(rest), np.arange(width), -1) for rest in rests])
     given = {"sampler": how.sampler, "limit": np.int32(how.limit), "eos_id": np.int32(how.eos_id)}

@@ -64,7 +64,7 @@ class TopP:
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The most likely token has nothing before it, so one token at least is kept.
-        kept = (before < self.top_p) | (before == 0)
+        kept = (before < self.top_p) | (before == 0) | (self.top_p >= 1)
         least = jnp.where(kept, ranked, jnp.inf).min(axis=-1, keepdims=True)
         # Drawn by id: what is drawn for a token doesn't change where rounding makes two change ranks.
         among = jnp.where(scaled >= least, scaled, -jnp.inf)

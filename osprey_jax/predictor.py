@@ -143,7 +143,7 @@ class Osprey:
 
     @property
     def params(self) -> Params:
-        """The parameters, each layer of the decoder apart."""
+        """The parameters, each layer of the decoder apart, and on CPU each block of the tower."""
         return self.network.params
 
     def prepare(self, image: ImageLike, masks: Masks) -> Prepared:

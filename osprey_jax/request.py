@@ -89,7 +89,8 @@ def decoding(
     if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
         raise ValueError(f"stop must be a text or a list of texts, none of them empty, got {stop!r}")
     sampler: Sampler = Greedy()
-    if temperature > 0:
+    # What is too small for float32's arithmetic leaves the likeliest token alone, as 0 does.
+    if temperature >= float(np.finfo(np.float32).tiny):
         sampler = TopP(temperature=np.asarray(temperature, np.float32), top_p=np.asarray(top_p, np.float32))
     return Decoding(sampler, limit, number, tuple(stops))
 

@@ -53,7 +53,7 @@ RULES: Rules = {
 
 GENERATION_RULES: Rules = {
     **RULES,
-    "batch": "data",
+    "batch": ("data",),
     "embed": None,
     **{
         f"{prefix}{axis}": ("fsdp", "tensor")

@@ -219,7 +219,8 @@ def test_batches_are_such_that_all_caches_fit_the_device(
     limit, prompt = 12, two.ours.tokenize(SHORT)
     before = prompt.index(two.tokenizer.mask_id)
     prefix = before - 1 + two.config.vision.num_image_tokens
-    slots = prefix + rows * 2 * (len(prompt) - before + limit)
+    room = 24 + 16  # of the prompt's 23 further tokens and the answer's 12, as they are padded
+    slots = prefix + rows * 2 * room
     caches = jax.eval_shape(lambda: init_cache(two.config.decoder, 1, slots, dtype="float32"))
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((caches.keys, caches.values)))
     size = sum(x.nbytes for x in jax.tree.leaves(two.ours.params)) + 2 * needed
@@ -227,6 +228,7 @@ def test_batches_are_such_that_all_caches_fit_the_device(
     monkeypatch.setattr(engine.jax, "local_devices", lambda: [device])
     found = two.ours.generate(IMAGE, MASKS, SHORT, max_new_tokens=limit)
     assert max(calls.rows) == rows
+    assert set(calls.slots) == {room}
     assert [one.token_ids for one in found] == [two.expected(IMAGE, mask, limit) for mask in MASKS]
 
 

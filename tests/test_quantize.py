@@ -308,6 +308,8 @@ def test_the_converter_writes_the_integers_of_the_release(
     assert again.keys() == saved.keys()
     assert all(np.array_equal(again[path], saved[path]) for path in saved)
     assert convert.main([str(tmp_path / "again"), str(tmp_path / "no"), "--quantize", "int8"]) == 2
+    options = ["--quantize", "int8", "--dtype", "bfloat16"]
+    assert convert.main([str(tmp_path / "whole"), str(tmp_path / "no"), *options]) == 2
 
 
 def test_eight_devices_give_the_same_logits() -> None:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from osprey_jax import generate, sharding
 from osprey_jax.config import DecoderConfig, OspreyConfig, VisionConfig, osprey_7b, tiny
 from osprey_jax.masks import mask_pyramid
+from osprey_jax.models.layers import constrain
 from osprey_jax.models.llama import init_cache
 from osprey_jax.models.osprey import Osprey, boxed_params, init_params
 
@@ -185,3 +186,15 @@ def test_decoding_gathers_no_matrix(sizes: dict[str, int]) -> None:
     kernel = params["decoder"]["layers_0"]["mlp"]["down_proj"]["kernel"]
     parts = sizes["fsdp"] * sizes.get("tensor", 1)
     assert kernel.sharding.shard_shape(kernel.shape) == (256 // parts, 128)
+
+
+@pytest.mark.parametrize("rules", [sharding.RULES, sharding.GENERATION_RULES], ids=["training", "generation"])
+def test_a_batch_that_does_not_divide_over_the_mesh_stays_whole(rules: sharding.Rules) -> None:
+    def axes_of(rows: int) -> PartitionSpec:
+        traced = jax.make_jaxpr(lambda x: constrain(x, ("batch", None, None)))(jnp.zeros((rows, 4, 8)))
+        [constraint] = [each for each in traced.eqns if each.primitive.name == "sharding_constraint"]
+        return constraint.params["sharding"].spec
+
+    with sharding.use_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2), rules):
+        assert axes_of(1) == PartitionSpec(None, None, None)
+        assert axes_of(4) == PartitionSpec(rules["batch"], None, None)

@@ -177,10 +177,12 @@ class Bucket:
         parts = self._parts_of(name)
         if not parts and (self.path / name).exists():
             return
-        with (self.path / name).open("wb") as joined:
-            for part in parts:
-                with part.open("rb") as file:
-                    shutil.copyfileobj(file, joined)
+        # Without the first part, they were joined before, and a kill kept the others from being removed.
+        if not parts or int(parts[0].name.rsplit("-", 2)[1]) == 0:
+            with (self.path / name).open("wb") as joined:
+                for part in parts:
+                    with part.open("rb") as file:
+                        shutil.copyfileobj(file, joined)
         for part in parts:
             part.unlink()
 

@@ -3,7 +3,7 @@
 Reference: Liu et al., A ConvNet for the 2020s, arXiv 2201.03545; weights as open_clip's
 `convnext_large_d_320`.
 Differs: NHWC; stem and downsampling are matmuls over patches; the blocks of a stage are scanned, or apart,
-which compiles longer and is a tenth faster on CPU, where slices of stacks slow down the kernels; no head. A
+which compiles longer and runs faster on CPU, where slices of stacks slow down the kernels; no head. A
 fresh `gamma` is 0.5 instead of 1e-6, for only shallow towers are trained from nothing, and briefly.
 """
 

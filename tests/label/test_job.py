@@ -403,7 +403,12 @@ def test_a_bucket_gets_the_files_that_a_disk_gets(folder: Path, monkeypatch: pyt
     }
     assert contents("bucket")["labels-00000-of-00002.jsonl"] == b"line 0\nline 1\nline 2\n"
     assert list(Path("bucket/.label/parts").iterdir()) == []
+    # A kill while what was joined is removed.
+    (Path("bucket/.label/parts") / f"labels-00000-of-00002.jsonl-{14:015d}-{21:015d}").write_bytes(
+        b"line 2\n"
+    )
     add("bucket", shards)
+    assert contents("bucket")["labels-00000-of-00002.jsonl"] == b"line 0\nline 1\nline 2\n"
 
 
 def test_help_shows_an_example_and_the_forms_of_masks(capsys: pytest.CaptureFixture[str]) -> None:
