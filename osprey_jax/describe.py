@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
     _report_skipped(args.masks[0], regions)
     osprey = Osprey.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize)
     count = len(regions.masks)
-    answers = osprey._describe(image, regions.masks, asked)
+    answers = osprey.describe_each(image, regions.masks, asked)
     texts = list(tqdm(answers, total=count, unit="region", disable=count <= _FEW))
     lines = _lines(args.image, regions, question_of(args), texts)
     if args.output is None:

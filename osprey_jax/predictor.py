@@ -190,9 +190,9 @@ class Osprey:
             seed=seed,
             stop=stop,
         )
-        return list(self._describe(image, masks, asked))
+        return list(self.describe_each(image, masks, asked))
 
-    def _describe(self, image: ImageLike, masks: Masks, asked: Request) -> Iterator[str]:
+    def describe_each(self, image: ImageLike, masks: Masks, asked: Request) -> Iterator[str]:
         """`describe`, each text as soon as it is there: for the command's progress bar."""
         for generation in self._generate(self.prepare(image, masks), asked):
             yield asked.keep(generation.text)

@@ -36,8 +36,8 @@ class FakeOsprey:
         self.loads.append((directory, dtype, quantize))
         return self
 
-    def _describe(self, *args: object, **options: object) -> Iterator[str]:
-        bound = inspect.signature(predictor.Osprey._describe).bind(self, *args, **options)
+    def describe_each(self, *args: object, **options: object) -> Iterator[str]:
+        bound = inspect.signature(predictor.Osprey.describe_each).bind(self, *args, **options)
         self.calls.append(bound.arguments)
         if self.failure is not None:
             raise self.failure
@@ -315,7 +315,7 @@ def test_an_existing_output_is_replaced_and_a_link_stays_one(osprey: FakeOsprey,
 
 
 def test_what_no_encoding_holds_is_escaped(osprey: FakeOsprey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(osprey, "_describe", lambda *_: ["\ud800 ends", "fine"])
+    monkeypatch.setattr(osprey, "describe_each", lambda *_: ["\ud800 ends", "fine"])
     assert run("--output", "o.jsonl", "--figure", "f.png") == 0
     first = Path("o.jsonl").read_text(encoding="utf-8").splitlines()[0]
     assert json.loads(first)["text"] == "\ud800 ends"
