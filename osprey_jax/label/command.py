@@ -44,7 +44,7 @@ examples:
   python -m osprey_jax.label --checkpoint checkpoints/osprey --images coco/val2017 \\
       --masks annotations/instances_val2017.json --output words --gallery
   python -m osprey_jax.label --checkpoint checkpoints/osprey --images coco/val2017 \\
-      --masks annotations/instances_val2017.json --output names --labels names.txt --threshold 0.3
+      --masks annotations/instances_val2017.json --output names --labels names.txt --min-logprob -4
 The first tells how long the second will take; the third chooses among names of your own. Killed wherever it
 may be, the same command goes on, and the files become the same, byte for byte, as without.
 
@@ -71,9 +71,10 @@ question, decoding, checkpoint, and masks: .json and .jsonl files by what is in 
 by names and sizes, in a bucket by names alone. Where all of it lies and when it was written doesn't count, so
 a copy will do. What isn't noticed: other images of the same names, and masks changed within the same sizes.
 
-With --labels, text is one of the file's labels (one a line, in UTF-8; empty lines don't count), or null below
---threshold or --min-logprob. Instead of logprobs there is probability: the likeliest label's, where those of
-all labels sum to one. logprob is, as without, the answer's among all that the model may say.
+With --labels, text is one of the file's labels (one a line, in UTF-8; empty lines don't count; spelt as the
+model would say it), or null below --threshold or --min-logprob. Instead of logprobs there is probability: the
+label's, where those of all labels sum to one, so that it says little where no label fits. logprob, as
+without, is the answer's among all that the model may say: low where no label fits.
 
 Several hosts write one output: each runs the command with its own --host 0/4, 1/4, ….
 """
