@@ -42,6 +42,10 @@ def get_config() -> ConfigDict:
     # What the tower and the decoder compute in; norms, softmax, extractor and loss are float32 in any case.
     config.dtype = "bfloat16"
 
+    # What of the decoder's layers the backward pass computes again, to need less memory: "none", "full" (all
+    # but their inputs) or "dots" (all but their inputs and what their matrices give).
+    config.remat = "none"
+
     # Devices: copies of the parameters (0: as many as there is room for), parts that parameters and batch are
     # split in, and parts that heads and widths are split in.
     config.mesh = ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})

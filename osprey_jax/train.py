@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,9 @@ from osprey_jax.checkpoint import (
 )
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.directories import as_path
-from osprey_jax.loss import loss_sums
+from osprey_jax.loss import chunked_loss_sums
 from osprey_jax.metrics import Metrics
-from osprey_jax.models.osprey import Osprey, boxed_params, init_params
+from osprey_jax.models.osprey import Osprey, apply, boxed_params, init_params
 from osprey_jax.optim import AdamW, TrainState, init_state, merge, partition
 from osprey_jax.prompt import SYSTEM_INFERENCE, SYSTEM_TRAINING, Tokenizer
 from osprey_jax.train_config import Refused, refusals
@@ -78,7 +79,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             origin = workdir / "checkpoints" / str(before[-1]) if before else as_path(config.init_from)
             config = ConfigDict({**config.to_dict(), "model": load_config(origin).to_dict()})
         model_config = from_config(config.model.to_dict())
-        model = Osprey(model_config, jnp.dtype(config.dtype))
+        model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat)
         data = make_data(config, model_config, origin)
         optimizer = AdamW(
             peak_learning_rate=config.learning_rate,
@@ -178,14 +179,18 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     return f"trained for {step} steps; osprey_jax.Osprey.load({str(export)!r}) loads the model"
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of the configuration; raises ValueError where it or the batch doesn't fit the devices."""
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the configuration, by default of all devices there are.
+
+    Raises ValueError where it or the batch doesn't fit them.
+    """
+    devices = jax.devices() if devices is None else devices
     sizes = config.mesh.to_dict()
     if not sizes["data"]:
         others = math.prod(size for axis, size in sizes.items() if axis != "data")
-        sizes["data"] = max(jax.device_count() // max(others, 1), 1)
+        sizes["data"] = max(len(devices) // max(others, 1), 1)
     try:
-        mesh = sharding.make_mesh(**sizes)
+        mesh = sharding.make_mesh(**sizes, devices=devices)
     except ValueError as error:
         raise ValueError(f"{error}; override config.mesh, as in --config.mesh.fsdp=1") from error
     shards = NamedSharding(mesh, sharding.partition_spec(("batch",))).num_devices // config.mesh.tensor
@@ -352,15 +357,19 @@ def make_loss_sums(model: Osprey) -> Callable[[Params, Params, Batch], tuple[Arr
     """`loss_sums` of a batch as a function of the trained and the frozen parameters."""
 
     def sums(trained: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
-        logits: Any = model.apply(
-            {"params": merge(trained, frozen)},
+        params = merge(trained, frozen)
+        hidden = apply(
+            model,
+            params,
+            Osprey.hidden,
             *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.images, batch.masks)),
             batch.input_ids,
             positions=batch.positions,
             segment_ids=batch.segment_ids,
             prefix_segment_ids=batch.prefix_segment_ids,
         )
-        return loss_sums(logits, jnp.asarray(batch.labels), jnp.asarray(batch.loss_weights))
+        head = partial(apply, model, params, Osprey.logits)
+        return chunked_loss_sums(head, hidden, jnp.asarray(batch.labels), jnp.asarray(batch.loss_weights))
 
     return sums
 

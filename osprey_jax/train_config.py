@@ -18,10 +18,12 @@ from ml_collections import ConfigDict, config_flags
 from configs import base
 from osprey_jax.checkpoint import flatten
 from osprey_jax.directories import as_path
+from osprey_jax.models.llama import REMAT_POLICIES
 
 OF_THE_MACHINE = (
     "mesh.",
     "accumulation",
+    "remat",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -107,6 +109,8 @@ def check(config: ConfigDict) -> None:
         _require(0 < config[key] < 1, config, key, "must lie between 0 and 1")
     for key in ("dtype", "frozen_dtype"):
         _require(config[key] in ("float32", "bfloat16"), config, key, "must be 'float32' or 'bfloat16'")
+    remat = ("none", *REMAT_POLICIES)
+    _require(config.remat in remat, config, "remat", f"must be one of {', '.join(remat)}")
     for key in ("trained", "data.sources", "data.systems", "data.held_out"):
         value = _value(config, key)
         strings = (bool(value) or key == "data.held_out") and all(isinstance(item, str) for item in value)

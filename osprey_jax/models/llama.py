@@ -6,6 +6,7 @@ are stacked and scanned, which compiles fast, for training; for generation each 
 (`layers.unstack`), for a scan copies the weights that a step reads.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +50,12 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: jnp.dtyp
 
 
 KeysValues = tuple[Array, Array]
+
+REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a layer keeps for the backward pass beside its input: nothing, or what its matrices give."""
 
 
 class Place(NamedTuple):
@@ -151,13 +158,19 @@ class Llama(nn.Module):
     """Whether parameters of all layers are stacked; a cache needs them apart."""
     quantization: str | None = None
     """Of the layers' matrices, a name of `quantize.SCHEMES`; embeddings, norms and head stay as they are."""
+    remat: str = "none"
+    """What the backward pass computes again in stacked layers: "none", or one of `REMAT_POLICIES`."""
 
     def setup(self) -> None:
         c, layer = self.config, (self.config, self.dtype, self.quantization)
         self.embed_tokens = Embedding(c.vocab_size, c.dim, self.dtype)
         if self.scan_layers:
+            kind: Any = DecoderLayer
+            if self.remat != "none":
+                # The scan is a barrier already, which keeps the compiler from merging both computations.
+                kind = nn.remat(DecoderLayer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             self.layers: Any = nn.scan(
-                DecoderLayer,
+                kind,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),

@@ -62,13 +62,15 @@ class Osprey(nn.Module):
     scan_blocks: bool = True
     """Whether the blocks of the tower's stages are stacked."""
     quantization: str | None = None
+    remat: str = "none"
+    """Of the decoder's layers, where they are stacked (`llama.Llama`)."""
 
     def setup(self) -> None:
         c = self.config
         self.vision = ConvNeXt(c.vision, self.dtype, self.scan_blocks)
         self.projector = Projector(c.decoder.dim, self.dtype)
         self.extractor = MaskExtractor(c.extractor, c.decoder.dim)
-        self.decoder = Llama(c.decoder, self.dtype, self.scan_layers, self.quantization)
+        self.decoder = Llama(c.decoder, self.dtype, self.scan_layers, self.quantization, self.remat)
 
     def features(self, images: Float[Array, "B Y X 3"]) -> tuple[Array, ...]:
         """The tower's four feature maps of preprocessed images."""
@@ -148,7 +150,29 @@ class Osprey(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         prefix_segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Float32 logits of whole sequences; positions 0..T-1 of one segment by default.
+        """Float32 logits of whole sequences; the arguments are those of `hidden`."""
+        return self.logits(
+            self.hidden(
+                images,
+                masks,
+                input_ids,
+                positions=positions,
+                segment_ids=segment_ids,
+                prefix_segment_ids=prefix_segment_ids,
+            )
+        )
+
+    def hidden(
+        self,
+        images: Float[Array, "BI Y X 3"],
+        masks: MaskPyramid,
+        input_ids: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        prefix_segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the head makes logits of, for whole sequences; positions 0..T-1 of one segment by default.
 
         `images` and `masks` have I rows for each row of `input_ids`, as many as there may be images in it.
         """
@@ -163,7 +187,7 @@ class Osprey(nn.Module):
             segment_ids=segment_ids,
             prefix_segment_ids=prefix_segment_ids,
         )
-        return self.logits(hidden)
+        return hidden
 
 
 def apply(model: Osprey, params: Params, method: Callable, *args: Any, **kwargs: Any) -> Any:

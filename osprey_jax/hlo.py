@@ -1,0 +1,78 @@
+"""What a compiled program's text says of the bytes that devices send each other."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_OPERATION = re.compile(rf" = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
+_CALL = re.compile(r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+).*body=%?([\w.-]+)")
+_CONSTANT = re.compile(r"= [su]\d+\[\][^ ]* constant\((\d+)\)")
+_ARRAY = re.compile(r"(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """Operations of one kind in one run of a program."""
+
+    count: int
+    bytes: int
+    """Of their results, on one device."""
+    largest: int
+    """Bytes of the largest single result."""
+
+
+def collectives(text: str) -> Mapping[str, Collective]:
+    """What each kind of collective moves, operations in loops counted as often as they run.
+
+    `text` is optimised HLO (`Compiled.as_text()`).
+    """
+    bodies: dict[str, list[str]] = defaultdict(list)
+    entry = name = ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for times, kind, size in _walk(bodies, entry, 1):
+        totals = found[kind]
+        totals[0] += times
+        totals[1] += times * size
+        totals[2] = max(totals[2], size)
+    return {kind: Collective(*found[kind]) for kind in _COLLECTIVES if kind in found}
+
+
+def _walk(bodies: Mapping[str, list[str]], name: str, times: int) -> Iterator[tuple[int, str, int]]:
+    """Each collective below a computation: how often it runs, its kind and its result's bytes."""
+    for line in bodies[name]:
+        if match := _OPERATION.search(line):
+            yield times, match[2], _bytes(match[1], started=bool(match[3]))
+        if match := _WHILE.search(line):
+            yield from _walk(bodies, match[2], times * _trips(bodies[match[1]]))
+            continue
+        called = _CALL.findall(line)
+        if match := _BRANCHES.search(line):
+            called += [part.strip().removeprefix("%") for part in match[1].split(",")]
+        for each in called:
+            yield from _walk(bodies, each, times)
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a counted loop runs: it compares its counter with a constant."""
+    constants = [int(number) for line in condition for number in _CONSTANT.findall(line)]
+    return max(constants, default=1)
+
+
+def _bytes(shape: str, *, started: bool) -> int:
+    """Of a result; an operation that is only started has its operand beside it, which is no larger."""
+    sizes = []
+    for name, bits, dims in _ARRAY.findall(shape):
+        count = math.prod(int(size) for size in dims.split(",") if size)
+        sizes.append(count if name == "pred" else count * int(bits) // 8)
+    return max(sizes, default=0) if started else sum(sizes)
