@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from configs import tiny as tiny_config
 from data_pipelines.pipeline import make_loader
 from data_pipelines.shapes import Shapes, train_tokenizer
-from osprey_jax import sharding, train
+from osprey_jax import sharding, train_step
 from osprey_jax.batch import Batch, to_device
 from osprey_jax.optim import AdamW, init_state
 from osprey_jax.prompt import IMAGE_TOKEN_ID, Tokenizer
@@ -139,7 +139,7 @@ def main() -> int:
         weight_decay=0.0,
         clip_norm=1.0,
     )
-    update = jax.jit(train.make_update(pair.model, ours, accumulation=1), donate_argnums=0)
+    update = jax.jit(train_step.make_update(pair.model, ours, accumulation=1), donate_argnums=0)
     # Compiled, for donated buffers must not be shared.
     state = jax.jit(lambda params: init_state(params, (".*",), frozen_dtype="float32"))(pair.params)
 

@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from osprey_jax import sharding, train_config
+from osprey_jax import sharding
 from osprey_jax.batch import Batch
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.hlo import collectives
@@ -20,7 +20,7 @@ from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.topologies import open_topology
-from osprey_jax.train import make_loss_sums, make_mesh, make_state, make_update
+from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
 
 GIB = 1 << 30
 

@@ -16,7 +16,16 @@ _KINDS = {"v4": "v4", "v5p": "v5p", "v5e": "v5e", "v5litepod": "v5e", "v6e": "v6
 _CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 """By which Google counts in the names of slices."""
 _SHAPES = {
-    2: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
+    2: {
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+        256: "4x8x8",
+        512: "8x8x8",
+    },
     1: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
 }
 """Of so many chips, for chips of two cores and of one."""

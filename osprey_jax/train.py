@@ -7,6 +7,12 @@ samples can't be used, and, at the end, `export/`, which `osprey_jax.Osprey.load
 checkpoint. SIGTERM and Ctrl-C save and stop; the same command goes on from there, and after a crash from the
 newest whole checkpoint, with the losses it would have had anyway. Exit status: 0 trained or stopped, 1 failed
 on the way, 2 refused to begin.
+
+    python -m osprey_jax.train --config=configs/tpu_v4.py --compile_topology=v4-32
+
+compiles the step for TPUs that needn't be here (pip install libtpu), tells what a chip would hold and send, and
+as its last line whether it fits. It needs neither data nor checkpoints. Names are those of clouds (v4-32 has 16
+chips, v5p-32 16, v5e-64 64, v6e-16 16) or shapes (v5e:2x4, v5e:1x1). Exit status: 0 fits, 1 doesn't, 2 refused.
 """
 
 import contextlib
@@ -18,14 +24,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines import catalog
@@ -39,19 +44,19 @@ from osprey_jax.batch import Batch, to_device
 from osprey_jax.checkpoint import (
     first_line,
     load_config,
-    load_params,
     save_params,
 )
+from osprey_jax.compile_topology import compile_topology
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.directories import as_path
-from osprey_jax.loss import chunked_loss_sums
 from osprey_jax.metrics import Metrics
-from osprey_jax.models.osprey import Osprey, apply, boxed_params, init_params
-from osprey_jax.optim import AdamW, TrainState, init_state, merge, partition
+from osprey_jax.models.osprey import Osprey
+from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.prompt import SYSTEM_INFERENCE, SYSTEM_TRAINING, Tokenizer
 from osprey_jax.train_config import Refused, refusals
+from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
 from osprey_jax.training_checkpoints import TrainingCheckpoints, saved_steps
-from osprey_jax.typing import Array, Params
+from osprey_jax.typing import Array
 
 SYSTEMS = {"training": SYSTEM_TRAINING, "inference": SYSTEM_INFERENCE}
 
@@ -179,25 +184,6 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     return f"trained for {step} steps; osprey_jax.Osprey.load({str(export)!r}) loads the model"
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of the configuration, by default of all devices there are.
-
-    Raises ValueError where it or the batch doesn't fit them.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = config.mesh.to_dict()
-    if not sizes["data"]:
-        others = math.prod(size for axis, size in sizes.items() if axis != "data")
-        sizes["data"] = max(len(devices) // max(others, 1), 1)
-    try:
-        mesh = sharding.make_mesh(**sizes, devices=devices)
-    except ValueError as error:
-        raise ValueError(f"{error}; override config.mesh, as in --config.mesh.fsdp=1") from error
-    shards = NamedSharding(mesh, sharding.partition_spec(("batch",))).num_devices // config.mesh.tensor
-    train_config.check_batch(config, shards=shards)
-    return mesh
-
-
 class Data(NamedTuple):
     """The data of a run."""
 
@@ -265,78 +251,6 @@ def make_data(config: ConfigDict, model_config: OspreyConfig, origin: Path | Non
     return Data(training, held_out, tokenizer, training.num_steps)
 
 
-def make_state(
-    config: ConfigDict, model_config: OspreyConfig, mesh: Mesh
-) -> tuple[Callable[[], TrainState], TrainState]:
-    """How to create the first state, sharded, and its `jax.ShapeDtypeStruct`s with shardings."""
-
-    def begin(params: Params) -> TrainState:
-        return init_state(params, config.trained, frozen_dtype=config.frozen_dtype)
-
-    def init(key: Array) -> TrainState:
-        return begin(init_params(model_config, key))
-
-    places = sharding.param_shardings(boxed_params(model_config), mesh)
-    trained, frozen = partition(places, config.trained)
-    everywhere: Any = NamedSharding(mesh, sharding.partition_spec(()))
-    shardings = TrainState(step=everywhere, trained=trained, frozen=frozen, mu=trained, nu=trained)
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(init, jax.random.key(0)),
-        shardings,
-    )
-    # Runs once: on a CPU, optimising the program takes longer than the program.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-
-    def create() -> TrainState:
-        if config.init_from:
-            params = load_params(config.init_from, abstract.params)
-            return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
-        key = jax.random.key(config.seed)
-        return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
-
-    return create, abstract
-
-
-def make_update(
-    model: Osprey, optimizer: AdamW, *, accumulation: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The training step: from a state and a batch to the next state and the step's numbers."""
-    loss_and_gradients = make_gradients(model, accumulation=accumulation)
-
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss, gradients = loss_and_gradients(state.trained, state.frozen, batch)
-        state, numbers = optimizer.update(state, gradients)
-        tokens = jnp.sum(batch.segment_ids != 0, dtype=jnp.int32)
-        return state, {"loss": loss, **numbers, "tokens": tokens}
-
-    return update
-
-
-def make_gradients(
-    model: Osprey, *, accumulation: int
-) -> Callable[[Params, Params, Batch], tuple[Array, Params]]:
-    """The loss of a batch and its gradients, as a function of trained parameters, frozen ones and batch."""
-    sums_and_gradients = jax.value_and_grad(make_loss_sums(model), has_aux=True)
-
-    def gradients(trained: Params, frozen: Params, batch: Batch) -> tuple[Array, Params]:
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, sums_and_gradients(trained, frozen, part)), None
-
-        if accumulation == 1:
-            total = sums_and_gradients(trained, frozen, batch)
-        else:
-            # A part takes every accumulation-th row, so that no row changes its device.
-            parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-            zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trained)
-            total, _ = jax.lax.scan(add, zeros, parts)
-        # Divided once, by the weights of the whole batch: the mean over dialogues, however they were parted.
-        (loss, weight), gradients = total
-        return loss / weight, jax.tree.map(lambda g: g / weight, gradients)
-
-    return gradients
-
-
 def make_evaluate(model: Osprey, loader: Loader, count: int, mesh: Mesh) -> Callable[[TrainState], Array]:
     """The loss of the first `count` batches of a loader, the same ones each time."""
     sums = jax.jit(make_loss_sums(model))
@@ -351,27 +265,6 @@ def make_evaluate(model: Osprey, loader: Loader, count: int, mesh: Mesh) -> Call
         return sum(totals) / sum(weights)
 
     return evaluate
-
-
-def make_loss_sums(model: Osprey) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
-    """`loss_sums` of a batch as a function of the trained and the frozen parameters."""
-
-    def sums(trained: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
-        params = merge(trained, frozen)
-        hidden = apply(
-            model,
-            params,
-            Osprey.hidden,
-            *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.images, batch.masks)),
-            batch.input_ids,
-            positions=batch.positions,
-            segment_ids=batch.segment_ids,
-            prefix_segment_ids=batch.prefix_segment_ids,
-        )
-        head = partial(apply, model, params, Osprey.logits)
-        return chunked_loss_sums(head, hidden, jnp.asarray(batch.labels), jnp.asarray(batch.loss_weights))
-
-    return sums
 
 
 def record(metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str]) -> None:
@@ -424,8 +317,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop_signals() as stopped:
             with refusals():
-                config, workdir = train_config.parse(argv)
-            print(train(config, workdir, stopped=stopped))
+                command = train_config.parse(argv)
+                if command.compile_topology:
+                    return 0 if compile_topology(command.config, command.compile_topology, say=print) else 1
+            assert command.workdir is not None, "seen by parse"
+            print(train(command.config, command.workdir, stopped=stopped))
     except (Refused, NotFinite, FailingSamples, WorkerDied, OSError) as error:
         # One line, but for what is listed.
         lines = re.split(r"\n(?=[-+!] )", str(error))

@@ -10,7 +10,7 @@ import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -38,7 +38,10 @@ OF_THE_MACHINE = (
 )
 """Keys, or their beginnings, that may change between two starts of a run: what is learned stays the same."""
 
-USAGE = "usage: python -m osprey_jax.train --config=configs/tiny.py --workdir=DIR [--config.key=value …]"
+USAGE = (
+    "usage: python -m osprey_jax.train --config=configs/tiny.py "
+    "(--workdir=DIR | --compile_topology=v5e-64) [--config.key=value …]"
+)
 
 
 class Refused(ValueError):
@@ -54,8 +57,17 @@ def refusals() -> Iterator[None]:
         raise Refused(str(error)) from error
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
-    """The configuration, with the command line's overrides, and the run's directory.
+class Command(NamedTuple):
+    """What the command line asks for."""
+
+    config: ConfigDict
+    workdir: Path | None
+    compile_topology: str | None
+    """Instead of training; one of the two is there."""
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The configuration, with the command line's overrides, and what to do with it.
 
     Raises ValueError for unknown flags and keys, values of another type, and files that can't be read.
     """
@@ -63,6 +75,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
     argv = ["train", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("compile_topology", None, "A TPU slice to compile for.", flag_values=values)
     try:
         # It logs every override.
         logging.getLogger("absl").setLevel(logging.WARNING)
@@ -82,10 +95,10 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
         raise ValueError(_unknown_key(error, argv)) from error
     except Exception as error:  # whatever a config file, which is a program, can do wrong
         raise ValueError(f"{_origin(error)}: {type(error).__name__}: {_one_line(error)}") from error
-    if rest or not keys or not values.workdir:
+    if rest or not keys or bool(values.workdir) == bool(values.compile_topology):
         raise ValueError(f"unexpected {' '.join(rest)}; {USAGE}" if rest else USAGE)
     check(config)
-    return config, as_path(values.workdir)
+    return Command(config, as_path(values.workdir) if values.workdir else None, values.compile_topology)
 
 
 def check(config: ConfigDict) -> None:

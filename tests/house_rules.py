@@ -33,7 +33,9 @@ LAYERS = (
     ("vocabulary", "engine", "request"),
     ("recognize",),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
-    ("training_checkpoints", "train_config"),
+    ("training_checkpoints", "train_config", "topologies", "hlo"),
+    ("train_step",),
+    ("compile_topology",),
     ("train",),
     ("command_options",),
     ("describe", "label", "eval", "serve", "demo"),

@@ -9,7 +9,7 @@ import pytest
 from data_pipelines.packing import Bucket, behind_one_prefix, collate, side_by_side
 from data_pipelines.records import Record, Turn
 from data_pipelines.transforms import Example, Tokens, encode
-from osprey_jax import train
+from osprey_jax import train_step
 from osprey_jax.batch import Batch
 from osprey_jax.config import DecoderConfig, ExtractorConfig, OspreyConfig, VisionConfig
 from osprey_jax.masks import encode_rle
@@ -146,7 +146,7 @@ def test_packed_conversations_have_the_losses_of_separate_ones_term_by_term(
     assert len(set(np.round(expected, 3))) > 20
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
-    loss_sums = jax.jit(train.make_loss_sums(model), compiler_options=QUICKLY)
+    loss_sums = jax.jit(train_step.make_loss_sums(model), compiler_options=QUICKLY)
     sums = [loss_sums(params, {}, batch) for batch in (separate, packed)]
     np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
     assert sums[0][1] == pytest.approx(6)

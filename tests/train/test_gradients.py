@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from osprey_jax import train
+from osprey_jax import train_step
 from osprey_jax.batch import Batch
 from osprey_jax.optim import partition
 from tests.parity import bridge, reference, scenes
@@ -84,7 +84,9 @@ def expected(pair: "bridge.Pair") -> tuple[float, dict[str, np.ndarray]]:
 def test_loss_and_gradients_of_several_dialogues_equal_the_references(
     pair: "bridge.Pair", expected: tuple, accumulation: int
 ) -> None:
-    gradients = jax.jit(train.make_gradients(pair.model, accumulation=accumulation), compiler_options=QUICKLY)
+    gradients = jax.jit(
+        train_step.make_gradients(pair.model, accumulation=accumulation), compiler_options=QUICKLY
+    )
     loss, found = gradients(pair.params, {}, batch_of(pair))
     assert float(loss) == pytest.approx(expected[0], rel=1e-6)
     bridge.assert_gradients_agree(bridge.release_arrays(found), expected[1])
@@ -94,7 +96,7 @@ def test_gradients_beside_frozen_parameters_are_the_references_too(
     pair: "bridge.Pair", expected: tuple
 ) -> None:
     trained, frozen = partition(pair.params, ["projector/.*", "extractor/.*"])
-    gradients = jax.jit(train.make_gradients(pair.model, accumulation=2), compiler_options=QUICKLY)
+    gradients = jax.jit(train_step.make_gradients(pair.model, accumulation=2), compiler_options=QUICKLY)
     _, found = gradients(trained, frozen, batch_of(pair))
     assert set(found) == {"projector", "extractor"}
     names = {name for name in expected[1] if "mm_projector" in name or "mask_extractor" in name}

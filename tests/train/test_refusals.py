@@ -10,7 +10,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from osprey_jax import sharding, train, train_config
+from osprey_jax import sharding, train, train_config, train_step
 from osprey_jax.config import from_config
 from tests.train.runs import ROOT, Command
 
@@ -202,7 +202,7 @@ def test_the_stages_train_their_parts_of_the_released_model_and_tell_what_data_t
     arguments = [f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path / 'run'}"]
     config, _ = train_config.parse(arguments)
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    _, state = train.make_state(config, from_config(config.model.to_dict()), mesh)
+    _, state = train_step.make_state(config, from_config(config.model.to_dict()), mesh)
     assert set(state.trained) == set(state.mu) == set(state.nu) == parts
     assert set(state.frozen) == {"vision", "projector", "extractor", "decoder"} - parts
     assert state.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].shape == (32, 4096, 11008)

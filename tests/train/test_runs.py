@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from osprey_jax import Osprey, checkpoint, convert, train, train_config
+from osprey_jax import Osprey, checkpoint, convert, train, train_config, train_step
 from osprey_jax.batch import Batch
 from osprey_jax.config import from_config
 from tests.parity import bridge, reference, scenes
@@ -118,8 +118,8 @@ def test_losses_on_eight_devices_equal_those_on_one(
 
 def test_the_state_is_created_where_it_belongs(command: Command, tmp_path: Path) -> None:
     config, _ = train_config.parse(command(tmp_path, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
-    mesh = train.make_mesh(config)
-    create, abstract = train.make_state(config, from_config(config.model.to_dict()), mesh)
+    mesh = train_step.make_mesh(config)
+    create, abstract = train_step.make_state(config, from_config(config.model.to_dict()), mesh)
     state = create()
     found, expected = (
         jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree) for tree in (state, abstract)
@@ -182,7 +182,9 @@ def test_a_loss_that_is_no_number_stops_with_the_samples_and_is_not_saved(poison
 
 def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(poisoned: tuple) -> None:
     config, workdir = train_config.parse(poisoned[0])
-    create, _ = train.make_state(config, from_config(config.model.to_dict()), train.make_mesh(config))
+    create, _ = train_step.make_state(
+        config, from_config(config.model.to_dict()), train_step.make_mesh(config)
+    )
     first = {k: np.asarray(v) for k, v in checkpoint.flatten(create().params).items()}
     last = leaves(workdir / "checkpoints" / "2" / "params")
     projector = {f"projector/{name}/{kind}" for name in ("fc1", "fc2") for kind in ("kernel", "bias")}
