@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -56,7 +56,8 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
             say(f"doesn't fit: temporaries alone need {least:.2f} GiB a chip; {_advice(config, mesh)}")
             return False
     say(f"compiled in {time.monotonic() - begin:.0f} s")
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "libtpu tells both"
     rows = {
         "parameters": _shard_bytes((state.trained, state.frozen)),
         "optimizer": _shard_bytes((state.mu, state.nu)),
@@ -70,8 +71,8 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
     tokens = config.batch_size * config.data.buckets[-1][0]
     say(f"{counted / 1e12:,.1f} TFLOP a step, recomputation included: {counted / chips / 1e12:,.2f} a chip, "
         f"{counted / tokens / 1e9:,.2f} GFLOP a token")  # fmt: skip
-    for kind, found in collectives(compiled.as_text()).items():
-        say(f"  {kind:<19}{found.count:7,} a step, {found.bytes / GIB:8.3f} GiB a chip, "
+    for kind, found in collectives(text).items():
+        say(f"  {kind:<19}{found.runs:7,} a step, {found.bytes / GIB:8.3f} GiB a chip, "
             f"largest {found.largest / 2**20:8.2f} MiB")  # fmt: skip
     total = sum(rows.values())
     if total > limit:
@@ -120,12 +121,12 @@ def activations(config: ConfigDict, model: Osprey, state: TrainState, batch: Bat
         lambda trained, frozen, batch: jax.vjp(lambda p: loss(p, frozen, batch), trained, has_aux=True)[1]
     )(state.trained, state.frozen, part)
     given = set(traced.jaxpr.invars)
-    kept = {x for x in traced.jaxpr.outvars if isinstance(x, core.Var) and x not in given}
+    kept: set[Any] = {x for x in traced.jaxpr.outvars if isinstance(x, core.Var) and x not in given}
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in kept) // shards
 
 
-def flops(jaxpr: core.Jaxpr) -> int:
+def flops(jaxpr: Any) -> int:
     """Floating-point operations of the matrix products and convolutions of a program, over all devices."""
     total = 0
     for equation in jaxpr.eqns:
@@ -145,7 +146,8 @@ def flops(jaxpr: core.Jaxpr) -> int:
     return total
 
 
-def _inner(values: Iterable[Any]) -> Iterable[core.Jaxpr]:
+def _inner(values: Iterable[Any]) -> Iterator[Any]:
+    """The programs among an equation's parameters."""
     for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr

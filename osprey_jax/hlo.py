@@ -19,7 +19,7 @@ _ARRAY = re.compile(r"(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 class Collective(NamedTuple):
     """Operations of one kind in one run of a program."""
 
-    count: int
+    runs: int
     bytes: int
     """Of their results, on one device."""
     largest: int

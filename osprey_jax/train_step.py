@@ -1,4 +1,4 @@
-"""One step of training: the mesh it runs on, the state it changes, and how. Knows nothing of data or files."""
+"""One step of training: the mesh it runs on, the state it changes, and how. It knows no data and no run."""
 
 import math
 from collections.abc import Callable, Sequence

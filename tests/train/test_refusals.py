@@ -200,7 +200,7 @@ def test_the_stages_train_their_parts_of_the_released_model_and_tell_what_data_t
     name: str, parts: set[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = [f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path / 'run'}"]
-    config, _ = train_config.parse(arguments)
+    config, *_ = train_config.parse(arguments)
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     _, state = train_step.make_state(config, from_config(config.model.to_dict()), mesh)
     assert set(state.trained) == set(state.mu) == set(state.nu) == parts
@@ -219,7 +219,7 @@ def test_the_stages_train_their_parts_of_the_released_model_and_tell_what_data_t
 def test_fine_tuning_asks_for_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = [f"--config={ROOT / 'configs' / 'finetune_custom'}.py", f"--workdir={tmp_path / 'run'}"]
     assert refusal(arguments, capsys).startswith("ValueError: name your file behind a colon: --config=")
-    config, _ = train_config.parse([f"{arguments[0]}:mine.jsonl", arguments[1]])
+    config, *_ = train_config.parse([f"{arguments[0]}:mine.jsonl", arguments[1]])
     assert config.data.sources == (f"custom:{Path('mine.jsonl').absolute()}",)
 
 
@@ -236,7 +236,7 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def test_every_key_of_the_configuration_is_read_and_explained() -> None:
-    config, _ = train_config.parse([f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=x"])
+    config, *_ = train_config.parse([f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=x"])
     used = set()
     for node in ast.walk(ast.parse((ROOT / "osprey_jax" / "train.py").read_text())):
         used |= {node.attr} if isinstance(node, ast.Attribute) else set()

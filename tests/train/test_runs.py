@@ -117,7 +117,7 @@ def test_losses_on_eight_devices_equal_those_on_one(
 
 
 def test_the_state_is_created_where_it_belongs(command: Command, tmp_path: Path) -> None:
-    config, _ = train_config.parse(command(tmp_path, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    config, *_ = train_config.parse(command(tmp_path, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
     mesh = train_step.make_mesh(config)
     create, abstract = train_step.make_state(config, from_config(config.model.to_dict()), mesh)
     state = create()
@@ -175,13 +175,13 @@ def test_a_loss_that_is_no_number_stops_with_the_samples_and_is_not_saved(poison
     assert error.startswith("error: step 3: loss is nan and grad_norm is nan; samples of the batch: ")
     assert error.endswith(", ".join(loader.sample_ids))
     assert len(loader.sample_ids) == SMALL["batch_size"]
-    _, workdir = train_config.parse(arguments)
+    workdir = train_config.parse(arguments).workdir
     assert newest(workdir) == 2
     assert [row["step"] for row in rows(workdir)] == [1, 2]
 
 
 def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(poisoned: tuple) -> None:
-    config, workdir = train_config.parse(poisoned[0])
+    config, workdir, _ = train_config.parse(poisoned[0])
     create, _ = train_step.make_state(
         config, from_config(config.model.to_dict()), train_step.make_mesh(config)
     )
