@@ -57,7 +57,8 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
             return False
     say(f"compiled in {time.monotonic() - begin:.0f} s")
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None, "libtpu tells both"
+    assert memory is not None, "libtpu tells it"
+    assert text is not None, "libtpu tells it"
     rows = {
         "parameters": _shard_bytes((state.trained, state.frozen)),
         "optimizer": _shard_bytes((state.mu, state.nu)),

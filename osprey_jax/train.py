@@ -23,10 +23,9 @@ import os
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,33 +33,22 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines import catalog
-from data_pipelines.pipeline import FailingSamples, Loader, make_loader
-from data_pipelines.records import Source
-from data_pipelines.shapes.source import Shapes
-from data_pipelines.shapes.tokenizer import train_tokenizer
+from data_pipelines.pipeline import FailingSamples, Loader
 from data_pipelines.watched import ABANDONED, WorkerDied
 from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch, to_device
-from osprey_jax.checkpoint import (
-    first_line,
-    load_config,
-    save_params,
-)
+from osprey_jax.checkpoint import first_line, load_config, save_params
 from osprey_jax.compile_topology import compile_topology
-from osprey_jax.config import OspreyConfig, from_config
+from osprey_jax.config import from_config
 from osprey_jax.directories import as_path
 from osprey_jax.metrics import Metrics
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
-from osprey_jax.prompt import SYSTEM_INFERENCE, SYSTEM_TRAINING, Tokenizer
 from osprey_jax.train_config import Refused, refusals
+from osprey_jax.train_data import make_data
 from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
 from osprey_jax.training_checkpoints import TrainingCheckpoints, saved_steps
 from osprey_jax.typing import Array
-
-SYSTEMS = {"training": SYSTEM_TRAINING, "inference": SYSTEM_INFERENCE}
-
 
 HELP = "configs/base.py has every key and what it means, the files beside it what differs for a stage."
 
@@ -86,7 +74,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             config = ConfigDict({**config.to_dict(), "model": load_config(origin).to_dict()})
         model_config = from_config(config.model.to_dict())
         model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat)
-        data = make_data(config, model_config, origin)
+        data = make_data(config, model_config, origin, report=say)
         optimizer = AdamW(
             peak_learning_rate=config.learning_rate,
             warmup_steps=math.ceil(config.warmup * data.steps),
@@ -183,73 +171,6 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     if left_out := data.training.left_out():
         say(left_out)
     return f"trained for {step} steps; osprey_jax.Osprey.load({str(export)!r}) loads the model"
-
-
-class Data(NamedTuple):
-    """The data of a run."""
-
-    training: Loader
-    held_out: Loader | None
-    tokenizer: Tokenizer
-    steps: int
-
-
-def make_data(config: ConfigDict, model_config: OspreyConfig, origin: Path | None = None) -> Data:
-    """Sources, tokenizer and loaders; raises ValueError for what isn't there or doesn't fit the model.
-
-    `origin` has the tokenizer where the configuration names none.
-    """
-    settings = config.data
-    if unknown := [name for name in settings.systems if name not in SYSTEMS]:
-        raise ValueError(
-            f"config.data.systems names {', '.join(unknown)}; there is {', '.join(SYSTEMS)} in this version"
-        )
-    if shared := {*settings.sources} & {*settings.held_out} - {"shapes"}:
-        raise ValueError(f"config.data.held_out names what is trained on: {', '.join(sorted(shared))}")
-    if lacking := catalog.missing([*settings.sources, *settings.held_out], settings.root):
-        listed = "".join(f"\n- {line}" for line in lacking)
-        raise ValueError(f"data is missing under config.data.root, which is {settings.root!r}:{listed}")
-    if directory := settings.tokenizer or origin:
-        tokenizer = Tokenizer.load(directory)
-    else:
-        with tempfile.TemporaryDirectory() as directory:
-            train_tokenizer(directory)
-            tokenizer = Tokenizer.load(directory)
-
-    def source(name: str, split: str) -> Source:
-        if name == "shapes":
-            return Shapes(size=config.model.vision.image_size, split=split)
-        return catalog.open_from_root(name, settings.root)
-
-    def loader(names: Sequence[str], split: str, **options: Any) -> Loader:
-        sources = [source(name, split) for name in names]
-        for each in sources:
-            if each.dropped:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in each.dropped.items())
-                say(f"{each.name}: {len(each)} samples; left out are {reasons}")
-        return make_loader(
-            sources,
-            tokenizer,
-            model_config,
-            batch_size=config.batch_size,
-            buckets=settings.buckets,
-            seed=config.seed,
-            share_image=settings.share_image,
-            images_per_row=settings.images_per_row,
-            systems=[SYSTEMS[name] for name in settings.systems],
-            loss_per=settings.loss_per,
-            tolerance=settings.tolerance,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
-            **options,
-        )
-
-    ends = {"num_steps": config.steps} if config.steps else {"epochs": config.epochs}
-    ahead = {key: settings[key] for key in ("workers", "threads", "prefetch")}
-    training = loader(settings.sources, "train", weights=settings.weights or None, **ends, **ahead)
-    assert training.num_steps is not None
-    held_out = loader(settings.held_out, "held_out", threads=1, prefetch=1) if settings.held_out else None
-    return Data(training, held_out, tokenizer, training.num_steps)
 
 
 def make_evaluate(model: Osprey, loader: Loader, count: int, mesh: Mesh) -> Callable[[TrainState], Array]:

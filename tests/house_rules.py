@@ -34,7 +34,7 @@ LAYERS = (
     ("recognize",),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
     ("training_checkpoints", "train_config", "topologies", "hlo"),
-    ("train_step",),
+    ("train_step", "train_data"),
     ("compile_topology",),
     ("train",),
     ("command_options",),
@@ -44,7 +44,7 @@ LAYERS = (
 
 NUMPY_ONLY = ("config", "prompt", "image", "masks", "region_files", "region_lines", "figure")
 PIPELINES_MAY_USE = ("typing", "batch", *NUMPY_ONLY)
-MAY_USE_PIPELINES = ("train", "eval", "label", "demo")
+MAY_USE_PIPELINES = ("train", "train_data", "eval", "label", "demo")
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 TORCH = {"torch", "torchvision", "transformers", "timm", "open_clip", "safetensors.torch"}
 MESH_NAMES = {"PartitionSpec"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from osprey_jax import Osprey, checkpoint, convert, train, train_config, train_step
+from osprey_jax import Osprey, checkpoint, convert, train, train_config, train_data, train_step
 from osprey_jax.batch import Batch
 from osprey_jax.config import from_config
 from tests.parity import bridge, reference, scenes
@@ -157,8 +157,8 @@ def poisoned(
     arguments = command(tmp_path_factory.mktemp("poisoned") / "run", **FEW, steps=9, checkpoint_every=1)
     loaders, make_data = [], train.make_data
 
-    def make_poisoned(*args: object) -> train.Data:
-        data = make_data(*args)
+    def make_poisoned(*args: object, **options: object) -> train_data.Data:
+        data = make_data(*args, **options)
         loaders.append(Poisoned(data.training))
         return data._replace(training=loaders[0])
 
