@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from osprey_jax import sharding
+from osprey_jax import flops, sharding
 from osprey_jax.batch import Batch
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.hlo import collectives
@@ -45,7 +45,7 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
     begin = time.monotonic()
     with sharding.use_mesh(mesh):
         lowered = jax.jit(update, donate_argnums=0, out_shardings=(places, None)).lower(state, batch)
-        counted = flops(jax.make_jaxpr(update)(state, batch).jaxpr)
+        counted = flops.count(jax.make_jaxpr(update)(state, batch).jaxpr)
         kept = activations(config, model, state, batch, mesh)
         try:
             compiled = lowered.compile()
@@ -123,39 +123,8 @@ def activations(config: ConfigDict, model: Osprey, state: TrainState, batch: Bat
     )(state.trained, state.frozen, part)
     given = set(traced.jaxpr.invars)
     kept: set[Any] = {x for x in traced.jaxpr.outvars if isinstance(x, core.Var) and x not in given}
-    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in kept) // shards
-
-
-def flops(jaxpr: Any) -> int:
-    """Floating-point operations of the matrix products and convolutions of a program, over all devices."""
-    total = 0
-    for equation in jaxpr.eqns:
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = math.prod(shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            outputs = equation.params["dimension_numbers"].rhs_spec[0]
-            inner = math.prod(kernel) // kernel[outputs]
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        for inner_jaxpr in _inner(equation.params.values()):
-            total += times * flops(inner_jaxpr)
-    return total
-
-
-def _inner(values: Iterable[Any]) -> Iterator[Any]:
-    """The programs among an equation's parameters."""
-    for value in values:
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _inner(value)
+    size = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in kept)
+    return size // sharding.batch_shards(mesh)
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -168,14 +137,13 @@ def _shard_bytes(tree: Any) -> int:
 
 def _advice(config: ConfigDict, mesh: Mesh) -> str:
     """The knob to turn next, the cheapest first."""
-    sizes = dict(mesh.shape)
-    rows = config.batch_size // config.accumulation // (sizes["data"] * sizes["fsdp"])
+    rows = config.batch_size // config.accumulation // sharding.batch_shards(mesh)
     if config.remat == "none":
         return "recompute more: --config.remat=full"
     if rows > 1:
         return f"compute a batch in more parts: --config.accumulation={config.accumulation * 2}"
     if config.remat != "full":
         return "recompute more: --config.remat=full"
-    if sizes["data"] > 1:
-        return f"split parameters more: --config.mesh.fsdp={sizes['fsdp'] * 2}"
+    if mesh.shape["data"] > 1:
+        return f"split parameters more: --config.mesh.fsdp={config.mesh.fsdp * 2}"
     return "take a larger slice, or split widths, too: --config.mesh.tensor=2"

@@ -34,8 +34,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         mesh = sharding.make_mesh(**sizes, devices=devices)
     except ValueError as error:
         raise ValueError(f"{error}; override config.mesh, as in --config.mesh.fsdp=1") from error
-    shards = NamedSharding(mesh, sharding.partition_spec(("batch",))).num_devices // config.mesh.tensor
-    train_config.check_batch(config, shards=shards)
+    train_config.check_batch(config, shards=sharding.batch_shards(mesh))
     return mesh
 
 

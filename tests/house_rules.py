@@ -33,7 +33,7 @@ LAYERS = (
     ("vocabulary", "engine", "request"),
     ("recognize",),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
-    ("training_checkpoints", "train_config", "topologies", "hlo"),
+    ("training_checkpoints", "train_config", "topologies", "hlo", "flops"),
     ("train_step", "train_data"),
     ("compile_topology",),
     ("train",),
