@@ -9,6 +9,7 @@ from typing import NamedTuple
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(rf" = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
+_CHANNEL = re.compile(r"channel_id=\d+")
 _CALL = re.compile(r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+).*body=%?([\w.-]+)")
@@ -40,7 +41,12 @@ def collectives(text: str) -> Mapping[str, Collective]:
         elif name:
             bodies[name].append(line)
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for times, kind, size in _walk(bodies, entry, 1):
+    # A collective that runs beside other work stands in the text once for each part of that work.
+    once = {
+        (channel or number): (times, kind, size)
+        for number, (channel, times, kind, size) in enumerate(_walk(bodies, entry, 1))
+    }
+    for times, kind, size in once.values():
         totals = found[kind]
         totals[0] += times
         totals[1] += times * size
@@ -48,11 +54,15 @@ def collectives(text: str) -> Mapping[str, Collective]:
     return {kind: Collective(*found[kind]) for kind in _COLLECTIVES if kind in found}
 
 
-def _walk(bodies: Mapping[str, list[str]], name: str, times: int) -> Iterator[tuple[int, str, int]]:
-    """Each collective below a computation: how often it runs, its kind and its result's bytes."""
+def _walk(
+    bodies: Mapping[str, list[str]], name: str, times: int
+) -> Iterator[tuple[str | None, int, str, int]]:
+    """Each collective below a computation: its channel, how often it runs, kind and result's bytes."""
     for line in bodies[name]:
         if match := _OPERATION.search(line):
-            yield times, match[2], _bytes(match[1], started=bool(match[3]))
+            channel = _CHANNEL.search(line)
+            size = _bytes(match[1], started=bool(match[3]))
+            yield channel and channel[0], times, match[2], size
         if match := _WHILE.search(line):
             yield from _walk(bodies, match[2], times * _trips(bodies[match[1]]))
             continue

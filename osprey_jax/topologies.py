@@ -61,7 +61,7 @@ def open_topology(name: str) -> Topology:
         )
     except Exception as error:  # of several types, some of them private
         why = first_line(error)
-        if "libtpu" in why or "Unable to initialize" in why or "plugin" in why:
+        if any(word in why for word in ("libtpu", "TPU support", "Unable to initialize")):
             raise ValueError(f"compiling for {name} needs libtpu: pip install libtpu ({why})") from None
         raise ValueError(f"no TPU slice {name}: {why}; there are {_EXAMPLES}") from None
     devices = list(found.devices)
