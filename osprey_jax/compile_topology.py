@@ -9,18 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from osprey_jax import flops, sharding
 from osprey_jax.batch import Batch
-from osprey_jax.config import OspreyConfig, from_config
+from osprey_jax.config import from_config
 from osprey_jax.hlo import collectives
-from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.topologies import open_topology
-from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
+from osprey_jax.train_step import abstract_batch, make_loss_sums, make_mesh, make_state, make_update
 
 GIB = 1 << 30
 
@@ -81,32 +80,6 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
         return False
     say(f"fits: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip")
     return True
-
-
-def abstract_batch(config: ConfigDict, model_config: OspreyConfig, mesh: Mesh) -> Batch:
-    """Shapes of the largest batch, placed as `batch.to_device` does."""
-    length, regions = max(config.data.buckets)
-    rows, images, vision = config.batch_size, config.data.images_per_row, model_config.vision
-    place = NamedSharding(mesh, sharding.partition_spec(("batch",)))
-
-    def array(dtype: str, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=place)
-
-    side, position = vision.image_size, model_config.extractor.position_size
-    ids = array("int32", length)
-    return Batch(
-        images=array("float32", images, side, side, 3),
-        masks=MaskPyramid(
-            levels=tuple(array("bool", images, regions, size, size) for size in vision.level_sizes),
-            position=array("float32", images, regions, position, position),
-        ),
-        input_ids=ids,
-        labels=ids,
-        loss_weights=array("float32", length),
-        positions=ids,
-        segment_ids=ids,
-        prefix_segment_ids=ids,
-    )
 
 
 def activations(config: ConfigDict, model: Osprey, state: TrainState, batch: Batch, mesh: Mesh) -> int:

@@ -16,8 +16,12 @@ class Metrics:
     step is there once.
     """
 
-    def __init__(self, workdir: Path, *, step: int, steps: int, every: int):
-        """The run goes on from `step` to `steps`; progress and TensorBoard get every `every`-th one."""
+    def __init__(self, workdir: Path, *, step: int, steps: int, every: int, peak: float | None = None):
+        """The run goes on from `step` to `steps`; progress and TensorBoard get every `every`-th one.
+
+        `peak` is what all devices can do together, in operations per second, where that is known.
+        """
+        self._peak = peak
         self._path, self._steps, self._every = workdir / "metrics.jsonl", steps, every
         self._lines = _kept_lines(self._path, step)
         # A bucket's objects can't be appended to, so there the whole file is written again at each flush.
@@ -25,22 +29,27 @@ class Metrics:
         _replace(self._path, self._lines)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._last = self._shown = time.monotonic()
-        self._window = [0.0, 0.0, 0.0]  # steps, tokens and samples since progress was last shown
+        self._window = [0.0] * 4  # steps, tokens, samples and operations since progress was last shown
 
-    def write(self, step: int, values: Mapping[str, float], *, samples: int) -> None:
-        """Adds a step: its numbers, `loss` and `tokens` among them, and how many samples it took."""
+    def write(self, step: int, values: Mapping[str, float], *, samples: int, operations: int = 0) -> None:
+        """Adds a step: its numbers, `loss` and `tokens` among them, how many samples it took, and operations.
+
+        The share of the peak that these are, MFU, is left out where either isn't known.
+        """
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-9), now
         tokens = values["tokens"]
         row = {"step": step, **values, "tokens_per_second": tokens / seconds}
         row["samples_per_second"] = samples / seconds
+        if self._peak and operations:
+            row["mfu"] = operations / seconds / self._peak
         line = json.dumps(row) + "\n"
         if self._appends:
             with self._path.open("a") as file:
                 file.write(line)
         else:
             self._lines.append(line)
-        self._window = [a + b for a, b in zip(self._window, (1, tokens, samples), strict=True)]
+        self._window = [a + b for a, b in zip(self._window, (1, tokens, samples, operations), strict=True)]
         if step % self._every == 0 or step == self._steps:
             self._show(step, values, now)
 
@@ -59,14 +68,18 @@ class Metrics:
 
     def _show(self, step: int, values: Mapping[str, float], now: float) -> None:
         seconds, self._shown = max(now - self._shown, 1e-9), now
-        steps, tokens, samples = (count / seconds for count in self._window)
-        self._window = [0.0, 0.0, 0.0]
+        steps, tokens, samples, operations = (count / seconds for count in self._window)
+        self._window = [0.0] * 4
         rates = {"tokens_per_second": tokens, "samples_per_second": samples}
+        share = ""
+        if self._peak and operations:
+            rates["mfu"] = operations / self._peak
+            share = f"{rates['mfu']:.1%} MFU · "
         for name, value in {**values, **rates}.items():
             self._board.add_scalar(name, value, step)
         line = (
             f"step {step}/{self._steps} · loss {values['loss']:.4f} · {tokens:,.0f} tokens/s · "
-            f"{samples:.1f} samples/s · {_duration((self._steps - step) / steps)} left"
+            f"{samples:.1f} samples/s · {share}{duration((self._steps - step) / steps)} left"
         )
         # One line that is overwritten, or, in a file, lines to read.
         start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
@@ -93,7 +106,8 @@ def _replace(path: Path, lines: list[str]) -> None:
     partial.replace(path)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -44,11 +44,14 @@ from osprey_jax.directories import as_path
 from osprey_jax.metrics import Metrics
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
+from osprey_jax.profiler import Profiler, Steps
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.train_data import make_data
 from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
 from osprey_jax.training_checkpoints import TrainingCheckpoints, saved_steps
+from osprey_jax.training_summary import mesh_peak, model_flops, summary
 from osprey_jax.typing import Array
+from osprey_jax.watchdog import Watchdog
 
 HELP = "configs/base.py has every key and what it means, the files beside it what differs for a stage."
 
@@ -57,8 +60,16 @@ class NotFinite(ArithmeticError):
     """A loss or a gradient that is no number, and the samples that it came from."""
 
 
-def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None] = lambda: None) -> str:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stopped: Callable[[], str | None] = lambda: None,
+    profile: Steps | None = None,
+) -> str:
     """Trains until the last step, or until `stopped` gives a reason to stop; returns what to tell the user.
+
+    `profile` names steps to trace into `tensorboard/`.
 
     Raises Refused before the first step; after it OSError where a checkpoint can't be written, FailingSamples
     and NotFinite.
@@ -83,6 +94,8 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             b2=config.b2,
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
+            spike=config.spike,
+            skip_spikes=config.skip_spikes,
         )
 
         # The state: first as shapes that know their places on the mesh, then restored or created there.
@@ -112,7 +125,9 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             state = TrainState.from_arrays(restored.arrays, config.trained, step=count)
             data.training.set_state(restored.loader_state)
 
-    describe(state, mesh, step=step, steps=data.steps)
+    peak, operations = mesh_peak(mesh), model_flops(model, state)
+    for line in summary(state, mesh, config, operations=operations, step=step, steps=data.steps):
+        say(line)
     # The next state lies where the last one did, so that one program serves all steps.
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     update = make_update(model, optimizer, accumulation=config.accumulation)
@@ -120,9 +135,10 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     evaluate = None
     if config.eval_every and data.held_out is not None:
         evaluate = make_evaluate(model, data.held_out, config.eval_batches, mesh)
-    metrics = Metrics(workdir, step=step, steps=data.steps, every=config.log_every)
+    metrics = Metrics(workdir, step=step, steps=data.steps, every=config.log_every, peak=peak)
+    watchdog, profiler = Watchdog(config.patience, say), Profiler(profile, workdir / "tensorboard", say)
     with sharding.use_mesh(mesh), contextlib.ExitStack() as stack:
-        for each in (metrics, data.training, checkpoints):
+        for each in (metrics, data.training, checkpoints, profiler, watchdog):
             stack.callback(each.close)
 
         def due(every: int) -> bool:
@@ -135,21 +151,26 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
         saved, running = step, None
         failure: Exception | None = None
         while step < data.steps and not stopped():
+            watchdog.at(f"waiting for the data of step {step + 1}")
             try:
                 batch, sample_ids = next(data.training)
             except (FailingSamples, WorkerDied) as error:
                 failure = error
                 break
+            watchdog.at(f"step {step + 1}")
+            profiler.before(step + 1)
             state, numbers = update(state, to_device(batch, mesh))
             if running is not None:
                 record(metrics, *running)  # a step late, so that the devices have work meanwhile
             step += 1
-            running = (step, numbers, sample_ids)
+            profiler.after(step, numbers)
+            running = (step, numbers, sample_ids, operations(batch) if peak else 0)
             if evaluate is not None and due(config.eval_every):
                 running[1]["held_out_loss"] = evaluate(state)
             if due(config.checkpoint_every):
                 record(metrics, *running)  # first, for it raises where the state is not worth saving
                 running = None
+                watchdog.at(f"saving step {step}")
                 save()
                 saved = step
         if running is not None:
@@ -189,22 +210,27 @@ def make_evaluate(model: Osprey, loader: Loader, count: int, mesh: Mesh) -> Call
     return evaluate
 
 
-def record(metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str]) -> None:
+def record(
+    metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str], operations: int
+) -> None:
     """Waits for a step's numbers and writes them; raises NotFinite where training can't go on from them."""
     values = {name: value.item() for name, value in jax.device_get(dict(numbers)).items()}
-    if broken := [
+    samples = f"samples of the batch: {', '.join(sample_ids)}"
+    broken = " and ".join(
         f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])
-    ]:
-        raise NotFinite(f"step {step}: {' and '.join(broken)}; samples of the batch: {', '.join(sample_ids)}")
-    samples = len(sample_ids) * jax.process_count()
-    metrics.write(step, values, samples=samples)
-
-
-def describe(state: TrainState, mesh: Mesh, *, step: int, steps: int) -> None:
-    """Says what is about to be trained, and on what."""
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, state.frozen))
-    parts = f"{trained / 1e6:.2f} M parameters to train, {frozen / 1e6:.2f} M frozen"
-    say(f"{parts}, {jax.default_backend()} devices {dict(mesh.shape)}, step {step} of {steps}")
+    )
+    spike, skipped = values.pop("spike"), values.pop("skipped")
+    if spike:
+        broken = f"grad_norm is {values['grad_norm']:.4g}, {spike:.1f} times the usual"
+    if skipped:
+        # JSON has no word for what is no number.
+        values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
+        say(f"warning: step {step} is left out, as {broken}; {samples}")
+    elif spike:
+        say(f"warning: step {step}: {broken}; {samples}")
+    elif broken:
+        raise NotFinite(f"step {step}: {broken}; {samples}")
+    metrics.write(step, values, samples=len(sample_ids) * jax.process_count(), operations=operations)
 
 
 def say(message: str) -> None:
@@ -243,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if command.compile_topology:
                     return 0 if compile_topology(command.config, command.compile_topology, say=print) else 1
             assert command.workdir is not None, "seen by parse"
-            print(train(command.config, command.workdir, stopped=stopped))
+            print(train(command.config, command.workdir, stopped=stopped, profile=command.profile))
     except (Refused, NotFinite, FailingSamples, WorkerDied, OSError) as error:
         # One line, but for what is listed.
         lines = re.split(r"\n(?=[-+!] )", str(error))
