@@ -1,4 +1,4 @@
-"""The training step compiled for TPUs that needn't be here: whether it fits, and what it costs."""
+"""The training step compiled for TPUs or GPUs that needn't be here: whether it fits, and what it costs."""
 
 import math
 import re
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from osprey_jax import flops, sharding
 from osprey_jax.batch import Batch
 from osprey_jax.config import from_config
+from osprey_jax.gpu_targets import MOST
 from osprey_jax.hlo import collectives
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
@@ -25,7 +26,7 @@ GIB = 1 << 30
 
 
 def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None]) -> bool:
-    """Compiles the step of a configuration for a TPU slice; tells what it takes, and last whether it fits.
+    """Compiles the step of a configuration for TPUs or GPUs; tells what it takes, and last whether it fits.
 
     Neither data nor checkpoints are needed: sizes are those of `config.model` and of the largest bucket.
     Raises ValueError for a slice that doesn't exist, or that the configuration's mesh or batch doesn't fit.
@@ -41,33 +42,38 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     chips, limit = len(topology.devices), topology.memory
     say(f"{name}: {chips} chips of {limit / GIB:.2f} GiB, mesh {dict(mesh.shape)}, batch {config.batch_size}")
+    trained = _shard_bytes(state.trained)
     begin = time.monotonic()
     with sharding.use_mesh(mesh):
         lowered = jax.jit(update, donate_argnums=0, out_shardings=(places, None)).lower(state, batch)
         counted = flops.count(jax.make_jaxpr(update)(state, batch).jaxpr)
         kept = activations(config, model, state, batch, mesh)
+        advice = _advice(config, mesh, trained=trained, kept=kept)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if (needed := re.search(r"\(([0-9.]+)([GT])\) exceeds available HBM", str(error))) is None:
                 raise
             least = float(needed[1]) * (1024 if needed[2] == "T" else 1)
-            say(f"doesn't fit: temporaries alone need {least:.2f} GiB a chip; {_advice(config, mesh)}")
+            say(f"doesn't fit: temporaries alone need {least:.2f} GiB a chip; {advice}")
             return False
     say(f"compiled in {time.monotonic() - begin:.0f} s")
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None, "libtpu tells it"
-    assert text is not None, "libtpu tells it"
+    assert memory is not None, "compilers for chips tell it"
+    assert text is not None, "compilers for chips tell it"
     rows = {
         "parameters": _shard_bytes((state.trained, state.frozen)),
         "optimizer": _shard_bytes((state.mu, state.nu)),
         "batch": _shard_bytes(batch),
         "activations": min(kept, memory.temp_size_in_bytes),
         "temporaries": max(memory.temp_size_in_bytes - kept, 0),
-        "program": memory.generated_code_size_in_bytes,
     }
+    if code := memory.generated_code_size_in_bytes:  # not told for GPUs
+        rows["program"] = code
     for kind, size in rows.items():
         say(f"  {kind:<12}{size / GIB:9.3f} GiB a chip")
+    if topology.caveat:
+        say(f"  {topology.caveat}")
     tokens = config.batch_size * config.data.buckets[-1][0]
     say(f"{counted / 1e12:,.1f} TFLOP a step, recomputation included: {counted / chips / 1e12:,.2f} a chip, "
         f"{counted / tokens / 1e9:,.2f} GFLOP a token")  # fmt: skip
@@ -76,7 +82,9 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
             f"largest {found.largest / 2**20:8.2f} MiB")  # fmt: skip
     total = sum(rows.values())
     if total > limit:
-        say(f"doesn't fit: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip; {_advice(config, mesh)}")
+        if total <= topology.most:
+            advice = f"let JAX take more of the card: XLA_CLIENT_MEM_FRACTION={MOST}; or {advice}"
+        say(f"doesn't fit: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip; {advice}")
         return False
     say(f"fits: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip")
     return True
@@ -108,15 +116,21 @@ def _shard_bytes(tree: Any) -> int:
     )
 
 
-def _advice(config: ConfigDict, mesh: Mesh) -> str:
-    """The knob to turn next, the cheapest first."""
+def _advice(config: ConfigDict, mesh: Mesh, *, trained: int, kept: int) -> str:
+    """The knob to turn next, the cheapest first; `trained` parameters and `kept` activations are in bytes."""
     rows = config.batch_size // config.accumulation // sharding.batch_shards(mesh)
+    # Where there are parts, their gradients are summed up beside those of the part at hand.
+    sums = trained if config.accumulation == 1 else 0
     if config.remat == "none":
         return "recompute more: --config.remat=full"
-    if rows > 1:
+    if rows > 1 and kept // 2 > sums:
         return f"compute a batch in more parts: --config.accumulation={config.accumulation * 2}"
     if config.remat != "full":
         return "recompute more: --config.remat=full"
     if mesh.shape["data"] > 1:
         return f"split parameters more: --config.mesh.fsdp={config.mesh.fsdp * 2}"
-    return "take a larger slice, or split widths, too: --config.mesh.tensor=2"
+    if config.mu_dtype == "float32" and trained > kept:
+        return "keep first moments in two bytes: --config.mu_dtype=bfloat16"
+    if rows > 1:
+        return f"take a smaller batch: --config.batch_size={config.batch_size // 2}"
+    return "take more chips"

@@ -12,8 +12,9 @@ on the way, 2 refused to begin.
 
 compiles the step for TPUs that needn't be here (pip install libtpu), tells what a chip would hold and send,
 and as its last line whether that fits. It needs neither data nor checkpoints. Names are those of clouds
-(v4-32 has 16 chips, v5p-32 16, v5e-64 64, v6e-16 16) or shapes (v5e:2x4, v5e:1x1). Exit status: 0 fits,
-1 doesn't, 2 refused.
+(v4-32 has 16 chips, v5p-32 16, v5e-64 64, v6e-16 16) or shapes (v5e:2x4, v5e:1x1); h200, h100 and h200-8 are
+GPUs (pip install --no-deps jax-cuda12-pjrt, of JAX's version), of whose memory JAX takes the part that
+XLA_CLIENT_MEM_FRACTION says, 0.75 without. Exit status: 0 fits, 1 doesn't, 2 refused.
 """
 
 import contextlib
@@ -263,12 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__, train_config.USAGE, HELP, sep="\n")
         return 0
     try:
+        with refusals():
+            command = train_config.parse(argv)
+            if command.compile_topology:
+                return 0 if compile_topology(command.config, command.compile_topology, say=print) else 1
+        assert command.workdir is not None, "seen by parse"
         with stop_signals() as stopped:
-            with refusals():
-                command = train_config.parse(argv)
-                if command.compile_topology:
-                    return 0 if compile_topology(command.config, command.compile_topology, say=print) else 1
-            assert command.workdir is not None, "seen by parse"
             print(train(command.config, command.workdir, stopped=stopped, profile=command.profile))
     except (Refused, NotFinite, FailingSamples, WorkerDied, OSError) as error:
         # One line, but for what is listed.

@@ -79,7 +79,7 @@ def parse(argv: Sequence[str]) -> Command:
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "The run's directory.", flag_values=values)
     flags.DEFINE_string("profile", None, "Steps to trace, FIRST or FIRST:LAST.", flag_values=values)
-    flags.DEFINE_string("compile_topology", None, "A TPU slice to compile for.", flag_values=values)
+    flags.DEFINE_string("compile_topology", None, "TPUs or GPUs to compile for.", flag_values=values)
     try:
         # It logs every override.
         logging.getLogger("absl").setLevel(logging.WARNING)

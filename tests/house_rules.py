@@ -26,6 +26,7 @@ LAYERS = (
         "batch",
         "directories",
         "compilation_cache",
+        "gpu_targets",
         "ops",
     ),
     ("models", "sam"),
