@@ -122,7 +122,7 @@ class AdamW:
         if self.skip_spikes:
             kept = jax.tree.map(lambda before, after: jnp.where(usual, after, before), state, new)
             new = kept.replace(step=new.step, frozen=state.frozen)
-            numbers["skipped"] = 1.0 - usual
+            numbers["skipped"] = (~usual).astype(jnp.float32)
         return new, numbers
 
     def _judged(
