@@ -245,7 +245,7 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 def test_every_key_of_the_configuration_is_read_and_explained() -> None:
     config, *_ = train_config.parse([f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=x"])
     used = set()
-    for name in ("train", "train_data", "train_step"):
+    for name in ("train", "train_data", "train_step", "evaluation"):
         for node in ast.walk(ast.parse((ROOT / "osprey_jax" / f"{name}.py").read_text())):
             used |= {node.attr} if isinstance(node, ast.Attribute) else set()
             used |= {node.value} if isinstance(node, ast.Constant) else set()
