@@ -63,9 +63,13 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 500
     # The newest ones that stay. With one alone nothing could stand in for a damaged one.
     config.keep_checkpoints = 3
-    # The loss of so many batches of `data.held_out`; 0 for none.
+    # The loss of so many batches of each source of `data.held_out`, which stay in memory; 0 for none.
     config.eval_every = 0
     config.eval_batches = 8
+    # Then so many samples of each are answered and go to TensorBoard as pictures, and of `shapes` 64 regions
+    # are described, of which `exact_match` is the share that is right. Meanwhile a copy of the parameters, in
+    # `dtype`, is in memory as well (14 GB of 7 billion). 0 for losses alone.
+    config.eval_samples = 4
 
     config.data = ConfigDict(
         {

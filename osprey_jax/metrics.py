@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 
 
@@ -30,6 +32,18 @@ class Metrics:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._last = self._shown = time.monotonic()
         self._window = [0.0] * 4  # steps, tokens, samples and operations since progress was last shown
+        self._evaluated: dict[int, Mapping[str, float]] = {}  # by steps that are still to be written
+
+    def evaluated(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        """Adds what was found of the state after a step, before the step itself is written.
+
+        TensorBoard gets all of it, whatever the step; the numbers come into the step's line as well.
+        """
+        self._evaluated[step] = numbers
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        for name, picture in pictures.items():
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def write(self, step: int, values: Mapping[str, float], *, samples: int, operations: int = 0) -> None:
         """Adds a step: its numbers, `loss` and `tokens` among them, how many samples it took, and operations.
@@ -39,7 +53,8 @@ class Metrics:
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-9), now
         tokens = values["tokens"]
-        row = {"step": step, **values, "tokens_per_second": tokens / seconds}
+        evaluated = self._evaluated.pop(step, {})
+        row = {"step": step, **values, **evaluated, "tokens_per_second": tokens / seconds}
         row["samples_per_second"] = samples / seconds
         if self._peak and operations:
             row["mfu"] = operations / seconds / self._peak

@@ -18,7 +18,6 @@ XLA_CLIENT_MEM_FRACTION says, 0.75 without. Exit status: 0 fits, 1 doesn't, 2 re
 """
 
 import contextlib
-import itertools
 import math
 import os
 import re
@@ -31,24 +30,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.pipeline import FailingSamples, Loader
+from data_pipelines.pipeline import FailingSamples
 from data_pipelines.watched import ABANDONED, WorkerDied
 from osprey_jax import sharding, train_config
-from osprey_jax.batch import Batch, to_device
+from osprey_jax.batch import to_device
 from osprey_jax.checkpoint import first_line, load_config, save_params
 from osprey_jax.compile_topology import compile_topology
 from osprey_jax.config import from_config
 from osprey_jax.directories import as_path
+from osprey_jax.evaluation import Evaluator
 from osprey_jax.metrics import Metrics
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.profiler import Profiler, Steps
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.train_data import make_data
-from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
+from osprey_jax.train_step import make_mesh, make_state, make_update
 from osprey_jax.training_checkpoints import TrainingCheckpoints, saved_steps
 from osprey_jax.training_summary import mesh_peak, model_flops, summary
 from osprey_jax.typing import Array
@@ -109,7 +108,7 @@ def train(
         )
         train_config.claim(workdir, config, saved=len(checkpoints.steps()))
         if "://" not in str(workdir):  # where nothing can be appended to a file
-            for loader in filter(None, (data.training, data.held_out)):
+            for loader in (data.training, *(each.loader for each in data.held_out)):
                 loader.report = workdir / f"skipped-{jax.process_index()}.jsonl"
         checkpoints.clean_up()
         restored = checkpoints.restore_newest(abstract.to_arrays(), report=say)
@@ -134,8 +133,8 @@ def train(
     update = make_update(model, optimizer, accumulation=config.accumulation)
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
     evaluate = None
-    if config.eval_every and data.held_out is not None:
-        evaluate = make_evaluate(model, data.held_out, config.eval_batches, mesh)
+    if config.eval_every and step < data.steps:
+        evaluate = Evaluator(model, data, mesh, config, report=say)
     metrics = Metrics(workdir, step=step, steps=data.steps, every=config.log_every, peak=peak)
     watchdog, profiler = Watchdog(config.patience, say), Profiler(profile, workdir / "tensorboard", say)
     with sharding.use_mesh(mesh), contextlib.ExitStack() as stack:
@@ -167,7 +166,8 @@ def train(
             profiler.after(step, numbers)
             running = (step, numbers, sample_ids, operations(batch) if peak else 0)
             if evaluate is not None and due(config.eval_every):
-                running[1]["held_out_loss"] = evaluate(state)
+                watchdog.at(f"evaluating step {step}")
+                metrics.evaluated(step, *evaluate(state))
             if due(config.checkpoint_every):
                 record(metrics, *running)  # first, for it raises where the state is not worth saving
                 running = None
@@ -193,22 +193,6 @@ def train(
     if left_out := data.training.left_out():
         say(left_out)
     return f"trained for {step} steps; osprey_jax.Osprey.load({str(export)!r}) loads the model"
-
-
-def make_evaluate(model: Osprey, loader: Loader, count: int, mesh: Mesh) -> Callable[[TrainState], Array]:
-    """The loss of the first `count` batches of a loader, the same ones each time."""
-    sums = jax.jit(make_loss_sums(model))
-    batches: list[Batch] = []
-
-    def evaluate(state: TrainState) -> Array:
-        if not batches:
-            batches.extend(batch for batch, _ in itertools.islice(loader, count))
-            loader.close()
-        found = [sums(state.trained, state.frozen, to_device(batch, mesh)) for batch in batches]
-        totals, weights = zip(*found, strict=True)
-        return sum(totals) / sum(weights)
-
-    return evaluate
 
 
 def record(

@@ -49,6 +49,11 @@ REFUSED: dict[str, tuple[dict, str]] = {
         {"data__sources": ("vg", "coco"), "data__held_out": ("coco",)},
         "config.data.held_out names what is trained on: coco",
     ),
+    "a source evaluated twice": (
+        {"data__held_out": ("shapes", "shapes")},
+        "config.data.held_out names a source twice: shapes, shapes",
+    ),
+    "fewer than no samples": ({"eval_samples": -1}, "config.eval_samples must not be negative, got -1"),
     "no share": ({"data__tolerance": 0.0}, "config.data.tolerance must be a share above 0, at most 1"),
     "no image in a row": (
         {"data__images_per_row": 0},
@@ -240,7 +245,7 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 def test_every_key_of_the_configuration_is_read_and_explained() -> None:
     config, *_ = train_config.parse([f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=x"])
     used = set()
-    for name in ("train", "train_data", "train_step"):
+    for name in ("train", "train_data", "train_step", "evaluation"):
         for node in ast.walk(ast.parse((ROOT / "osprey_jax" / f"{name}.py").read_text())):
             used |= {node.attr} if isinstance(node, ast.Attribute) else set()
             used |= {node.value} if isinstance(node, ast.Constant) else set()
