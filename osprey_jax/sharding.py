@@ -22,6 +22,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     # Activations.
     "batch": ("data", "fsdp"),
+    "table_batch": ("data",),
+    "table_embed": "fsdp",
     "activation_channels": None,
     "activation_embed": None,
     "activation_heads": "tensor",
@@ -55,6 +57,7 @@ GENERATION_RULES: Rules = {
     **RULES,
     "batch": ("data",),
     "embed": None,
+    "table_embed": None,
     **{
         f"{prefix}{axis}": ("fsdp", "tensor")
         for prefix in ("", "activation_")

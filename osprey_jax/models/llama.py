@@ -283,4 +283,6 @@ class Embedding(nn.Module):
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", logical(init, "vocab", "embed"), (self.vocab_size, self.dim))
-        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+        # Each part of the width is looked up where it is, for the rows of all devices that share the table.
+        found = constrain(jnp.take(table, ids, axis=0, mode="clip"), ("table_batch", None, "table_embed"))
+        return found.astype(self.dtype)
