@@ -3,7 +3,8 @@
 A checkpoint is a directory of `config.json` (`OspreyConfig`), `params/` (Orbax) and `tokenizer.model` or
 `tokenizer.json`; one that a training saves on its way has the rest of the training's state beside that. It
 is complete or it isn't there: everything is written to a sibling directory first, which takes the final name
-at the end. A quantised one says so in `config.json`, under `quantization`. No other module knows Orbax.
+at the end. A quantised one says so in `config.json`, under `quantization`, one with adapters under `lora`; its
+adapters are merged as it is read. No other module knows Orbax.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from osprey_jax import quantize
 from osprey_jax.config import OspreyConfig, from_config
 from osprey_jax.directories import as_path, new_directory
+from osprey_jax.lora import ADAPTERS, Lora, is_adapter, merge_adapters, merge_kernel
 from osprey_jax.prompt import Tokenizer
 from osprey_jax.typing import Params
 
@@ -40,12 +42,27 @@ def save_params(
     tokenizer: Tokenizer,
     *,
     quantization: str | None = None,
+    lora: Lora | None = None,
 ) -> None:
     """Writes a checkpoint with every leaf in its own dtype. Raises ValueError where `directory` exists.
 
-    `quantization` names the scheme (`quantize.SCHEMES`) of quantised parameters.
+    `quantization` names the scheme (`quantize.SCHEMES`) of quantised parameters. Adapters, which `lora` tells, are
+    merged (`lora.merge_adapters`), so that the checkpoint is like any other.
     """
-    save_parts(directory, [params], config, tokenizer, quantization=quantization)
+    parts = [params] if lora is None else _merged_parts(params, lora)
+    save_parts(directory, parts, config, tokenizer, quantization=quantization)
+
+
+def _merged_parts(params: Params, lora: Lora) -> Iterator[Params]:
+    """The merged tree in parts: what has no adapter, then one adapted layer, or stack of them, at a time."""
+    layers: dict[str, dict[str, Any]] = {}
+    flat = flatten(params)
+    adapted = {path.rpartition("/")[0] for path in flat if is_adapter(path)}
+    for path, leaf in flat.items():
+        layer = path.rpartition("/")[0]
+        layers.setdefault(layer if layer in adapted else "", {})[path] = leaf
+    for part in layers.values():
+        yield merge_adapters(unflatten(part), lora)
 
 
 def save_parts(
@@ -62,7 +79,7 @@ def save_parts(
     """
     with new_directory(directory) as partial:
         if jax.process_index() == 0:
-            write_description(partial, config, tokenizer, quantization)
+            write_description(partial, config, tokenizer, quantization=quantization)
         context = _saving()
         # What is stored of a 4-bit integer is a byte, half of which compression takes back.
         context.array.saving.use_compression = (
@@ -80,7 +97,7 @@ def save_parts(
 
 def load_config(directory: Path | str) -> OspreyConfig:
     """Reads a checkpoint's configuration; a ValueError says what makes `directory` no checkpoint of ours."""
-    return _load_config(directory)[0]
+    return _load_description(directory).config
 
 
 def load_quantization(directory: Path | str, wanted: str | None = None) -> str | None:
@@ -88,7 +105,7 @@ def load_quantization(directory: Path | str, wanted: str | None = None) -> str |
 
     Raises ValueError for an unknown scheme, and where saved integers are not those of the scheme.
     """
-    saved = _load_config(directory)[1]
+    saved = _load_description(directory).quantization
     if wanted is None or saved is None:
         return saved if wanted is None else quantize.checked(wanted)
     if quantize.scheme(wanted).weights != quantize.scheme(saved).weights:
@@ -99,7 +116,15 @@ def load_quantization(directory: Path | str, wanted: str | None = None) -> str |
     return wanted
 
 
-def _load_config(directory: Path | str) -> tuple[OspreyConfig, str | None]:
+class _Description(NamedTuple):
+    """What `config.json` tells."""
+
+    config: OspreyConfig
+    quantization: str | None
+    lora: Lora | None
+
+
+def _load_description(directory: Path | str) -> _Description:
     directory = cast(Path, epath.Path(directory))
     path = directory / "config.json"
     if not directory.is_dir():
@@ -118,21 +143,42 @@ def _load_config(directory: Path | str) -> tuple[OspreyConfig, str | None]:
     if not isinstance(values, dict) or not (directory / "params").is_dir():
         raise ValueError(f"{directory} is not an osprey-jax checkpoint: it has no params/")
     try:
-        quantization = values.pop("quantization", None)
-        return from_config(values), None if quantization is None else quantize.checked(quantization)
-    except ValueError as error:
+        quantization, lora = (values.pop(key, None) for key in ("quantization", "lora"))
+        return _Description(
+            config=from_config(values),
+            quantization=None if quantization is None else quantize.checked(quantization),
+            lora=None if lora is None else Lora(**{**lora, "targets": tuple(lora["targets"])}),
+        )
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def saved_shapes(directory: Path | str) -> dict[str, Any]:
-    """The tree of `jax.ShapeDtypeStruct` that a checkpoint holds, from its metadata alone."""
-    load_config(directory)
+    """The tree of `jax.ShapeDtypeStruct` that a checkpoint holds, from its metadata alone.
+
+    Adapters are not in it: they are merged as they are read, into kernels of float32.
+    """
+    lora = _load_description(directory).lora
     with damage_named(directory):
         check_index(as_path(directory) / "params")
         metadata = ocp.metadata(as_path(directory) / "params").metadata
         if metadata is None:
             raise ValueError("params/state/_METADATA doesn't tell its arrays")
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)), metadata)
+        flat = flatten(metadata)
+    return unflatten(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, np.dtype("float32" if merged else leaf.dtype))
+            for path, leaf in flat.items()
+            if not is_adapter(path)
+            for merged in [_is_adapted(path, lora)]
+        }
+    )
+
+
+def _is_adapted(path: str, lora: Lora | None) -> bool:
+    """Whether the leaf of this path is a kernel with an adapter."""
+    layer, _, name = path.rpartition("/")
+    return lora is not None and name == quantize.KERNEL and lora.adapts(layer)
 
 
 def check_index(tree: Path) -> None:
@@ -168,22 +214,25 @@ def load_params(
     kind (!), or that names a damaged checkpoint.
     """
     saved = flatten(saved_shapes(directory))
+    lora = _load_description(directory).lora
     if unquantized is None or any(path.endswith(f"/{quantize.SCALE}") for path in saved):
         wanted = flatten(abstract_params)
         _check_leaves(directory, wanted, saved)
         placed = flatten(_placed(unflatten(wanted)))
         with damage_named(directory):
-            return unflatten({path: _load_leaf(directory, path, target) for path, target in placed.items()})
+            return unflatten(
+                {path: _load_leaf(directory, path, target, lora) for path, target in placed.items()}
+            )
     originals, targets = (flatten(_placed(tree)) for tree in (unquantized, abstract_params))
     _check_leaves(directory, originals, saved)
     params: dict[str, Any] = {}
     with damage_named(directory):
         for path, original in originals.items():
             if (scale := quantize.scale_path(path)) not in targets:
-                params[path] = _load_leaf(directory, path, targets[path])
+                params[path] = _load_leaf(directory, path, targets[path], lora)
                 continue
             exact = jax.ShapeDtypeStruct(original.shape, saved[path].dtype, sharding=original.sharding)
-            kernel = _load_leaf(directory, path, exact)
+            kernel = _load_leaf(directory, path, exact, lora)
             params[path], params[scale] = quantize.quantize_leaf(kernel, targets[path], targets[scale])
             del kernel
     return unflatten(params)
@@ -211,14 +260,37 @@ def _kind(dtype: np.dtype) -> str:
 
 def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the leaves one by one, in their saved dtypes, to host memory: pairs of path and array."""
+    lora = _load_description(directory).lora
     for path, struct in flatten(saved_shapes(directory)).items():
         with damage_named(directory):
-            leaf = _load_leaf(directory, path, _HostArray(struct.shape, struct.dtype))
+            leaf = _load_leaf(directory, path, _HostArray(struct.shape, struct.dtype), lora)
         yield path, leaf
         del leaf
 
 
-def _load_leaf(directory: Path | str, path: str, target: Any) -> Any:
+def _load_leaf(directory: Path | str, path: str, target: Any, lora: Lora | None) -> Any:
+    """Reads one leaf of `params/` as `target`; where it has an adapter, that is merged in float32, then cast."""
+    if lora is None or not _is_adapted(path, lora):
+        return _load_stored(directory, path, target)
+    metadata = ocp.metadata(as_path(directory) / "params").metadata
+    assert metadata is not None, "seen by saved_shapes"
+    stored = flatten(metadata)
+    on_host = isinstance(target, _HostArray)
+
+    def load(path: str, *, on_host: bool) -> Any:
+        shape, dtype = stored[path].shape, np.dtype(stored[path].dtype)
+        struct = jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(target, "sharding", None))
+        return _load_stored(directory, path, _HostArray(shape, dtype) if on_host else struct)
+
+    layer = path.rpartition("/")[0]
+    a, b = (load(f"{layer}/{name}", on_host=True) for name in ADAPTERS)
+    kernel = load(path, on_host=on_host)
+    sharding = None if on_host else target.sharding
+    merged = merge_kernel(kernel, a, b, scale=lora.scale, sharding=sharding, dtype=target.dtype)
+    return np.asarray(merged) if on_host else merged
+
+
+def _load_stored(directory: Path | str, path: str, target: Any) -> Any:
     """Reads one leaf of `params/`; what makes it unreadable is a ValueError that names it.
 
     Orbax reads a tree's leaves at the same time. Where one fails, it abandons the others, and each of those
@@ -277,10 +349,16 @@ class _HostArray:
 
 
 def write_description(
-    directory: Path, config: OspreyConfig, tokenizer: Tokenizer, quantization: str | None = None
+    directory: Path,
+    config: OspreyConfig,
+    tokenizer: Tokenizer,
+    *,
+    quantization: str | None = None,
+    lora: Lora | None = None,
 ) -> None:
     """Writes what a checkpoint has beside arrays."""
     values = config.to_dict() | ({} if quantization is None else {"quantization": quantization})
+    values |= {} if lora is None else {"lora": dataclasses.asdict(lora)}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     with tempfile.TemporaryDirectory() as local:  # a tokenizer knows no buckets
         tokenizer.save(local)

@@ -20,6 +20,7 @@ from osprey_jax.hlo import collectives
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.topologies import open_topology
+from osprey_jax.train_config import make_lora
 from osprey_jax.train_step import abstract_batch, make_loss_sums, make_mesh, make_state, make_update
 
 GIB = 1 << 30
@@ -34,7 +35,8 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
     topology = open_topology(name)
     mesh = make_mesh(config, topology.devices)
     model_config = from_config(config.model.to_dict())
-    model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat)
+    lora = make_lora(config)
+    model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat, lora=lora)
     _, state = make_state(config, model_config, mesh)
     batch = abstract_batch(config, model_config, mesh)
     optimizer = AdamW(peak_learning_rate=config.learning_rate, warmup_steps=1, total_steps=2)

@@ -16,6 +16,7 @@ from PIL import Image
 from data_pipelines.shapes import Shapes
 from osprey_jax import answers, predictor, sharding
 from osprey_jax.batch import Batch, to_device
+from osprey_jax.lora import merge_adapters
 from osprey_jax.models.osprey import Osprey, boxed_params
 from osprey_jax.optim import TrainState
 from osprey_jax.train_data import Data
@@ -50,7 +51,7 @@ class Evaluator:
 
         `report` is told why there are no words where there are none. Raises FailingSamples.
         """
-        self._model_config, self._tokenizer = model.config, data.tokenizer
+        self._model_config, self._tokenizer, self._lora = model.config, data.tokenizer, model.lora
         self._dtype, self._mesh, self._samples = config.dtype, mesh, config.eval_samples
         self._sums = jax.jit(make_loss_sums(model))
         names = tags([each.name for each in data.held_out])
@@ -103,7 +104,8 @@ class Evaluator:
         return {name: value.item() for name, value in jax.device_get(found).items()}
 
     def _osprey(self, state: TrainState) -> predictor.Osprey:
-        params, mesh = _generation_params(state.params, dtype=self._dtype), None
+        params = state.params if self._lora is None else merge_adapters(state.params, self._lora)
+        params, mesh = _generation_params(params, dtype=self._dtype), None
         if self._mesh.size > 1:
             mesh = self._mesh
         else:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.checkpoint import flatten, unflatten
+from osprey_jax.lora import is_adapter
 from osprey_jax.typing import Array, Bool, Float, Int, Params
 
 SETTLED = 50
@@ -170,7 +171,8 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
     """Parts a tree of parameters, or of anything about them, into the trained and the frozen ones.
 
     A leaf is trained where one of the regular expressions matches its whole path, such as
-    `decoder/layers/mlp/up_proj/kernel`. Raises ValueError for an expression that is malformed or matches no
+    `decoder/layers/mlp/up_proj/kernel`. In a part of the model that has adapters, such as `decoder`, they are
+    trained and nothing else is, whatever the expressions say. Raises ValueError for an expression that is malformed or matches no
     path.
     """
     flat = flatten(params)
@@ -185,9 +187,14 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
         trained |= found
     if not trained:
         raise ValueError("no pattern names parameters to train")
+    adapted = {path.partition("/")[0] for path in flat if is_adapter(path)}
+
+    def learns(path: str) -> bool:
+        return is_adapter(path) if path.partition("/")[0] in adapted else path in trained
+
     # In the tree's own order, whatever the order of the patterns.
-    ours = {path: leaf for path, leaf in flat.items() if path in trained}
-    return unflatten(ours), unflatten({path: leaf for path, leaf in flat.items() if path not in trained})
+    ours = {path: leaf for path, leaf in flat.items() if learns(path)}
+    return unflatten(ours), unflatten({path: leaf for path, leaf in flat.items() if not learns(path)})
 
 
 def merge(trained: Params, frozen: Params) -> Params:

@@ -47,6 +47,7 @@ RULES: Rules = {
     "extractor": "tensor",
     "extractor_out": "fsdp",
     "scale_groups": None,
+    "lora_rank": None,
     "pixels": "fsdp",
     "kernel_rows": None,
     "kernel_columns": None,

@@ -84,7 +84,8 @@ def train(
             origin = workdir / "checkpoints" / str(before[-1]) if before else as_path(config.init_from)
             config = ConfigDict({**config.to_dict(), "model": load_config(origin).to_dict()})
         model_config = from_config(config.model.to_dict())
-        model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat)
+        lora = train_config.make_lora(config)
+        model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat, lora=lora)
         data = make_data(config, model_config, origin, report=say)
         optimizer = AdamW(
             peak_learning_rate=config.learning_rate,
@@ -105,6 +106,7 @@ def train(
             keep=config.keep_checkpoints,
             config=model_config,
             tokenizer=data.tokenizer,
+            lora=lora,
         )
         train_config.claim(workdir, config, saved=len(checkpoints.steps()))
         if "://" not in str(workdir):  # where nothing can be appended to a file
@@ -187,7 +189,7 @@ def train(
         return f"stopped by {stopped()} after step {step}; the same command goes on from there"
     if not export.exists():
         try:
-            save_params(export, state.params, model_config, data.tokenizer)
+            save_params(export, state.params, model_config, data.tokenizer, lora=lora)
         except Exception as error:
             raise OSError(f"cannot write {export}: {first_line(error)}") from error
     if left_out := data.training.left_out():

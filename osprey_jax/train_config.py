@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import base
 from osprey_jax.checkpoint import flatten
 from osprey_jax.directories import as_path
+from osprey_jax.lora import Lora
 from osprey_jax.models.llama import REMAT_POLICIES
 from osprey_jax.profiler import Steps, parse_steps
 
@@ -124,8 +125,10 @@ def check(config: ConfigDict) -> None:
         "seed",
         "spike",
         "patience",
+        "lora.rank",
     ):
-        _require(config[key] >= 0, config, key, "must not be negative")
+        _require(_value(config, key) >= 0, config, key, "must not be negative")
+    _require(config.lora.alpha > 0, config, "lora.alpha", "must be positive")
     _require(config.learning_rate > 0, config, "learning_rate", "must be positive")
     _require(config.seed < 2**32, config, "seed", "must be below 2 ** 32")
     _require(math.isfinite(config.epochs), config, "epochs", "must be finite")
@@ -142,7 +145,7 @@ def check(config: ConfigDict) -> None:
         _require(config[key] in ("float32", "bfloat16"), config, key, "must be 'float32' or 'bfloat16'")
     remat = ("none", *REMAT_POLICIES)
     _require(config.remat in remat, config, "remat", f"must be one of {', '.join(remat)}")
-    for key in ("trained", "data.sources", "data.systems", "data.held_out"):
+    for key in ("trained", "lora.targets", "data.sources", "data.systems", "data.held_out"):
         value = _value(config, key)
         strings = (bool(value) or key == "data.held_out") and all(isinstance(item, str) for item in value)
         _require(strings, config, key, "must be a tuple of strings")
@@ -160,6 +163,12 @@ def check(config: ConfigDict) -> None:
     _require(loss_per, config, "data.loss_per", "must be 'dialogue' or 'token'")
     for key in ("data.workers", "data.threads", "data.prefetch"):
         _require(_value(config, key) >= 0, config, key, "must not be negative")
+
+
+def make_lora(config: ConfigDict) -> Lora | None:
+    """The adapters that are asked for. Raises ValueError for a target that is no regular expression."""
+    lora = config.lora
+    return Lora(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets)) if lora.rank else None
 
 
 def _check_form(config: object) -> None:

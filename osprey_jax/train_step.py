@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch
-from osprey_jax.checkpoint import load_params
+from osprey_jax.checkpoint import flatten, load_params
 from osprey_jax.config import OspreyConfig
+from osprey_jax.lora import without_adapters
 from osprey_jax.loss import chunked_loss_sums
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey, apply, boxed_params, init_params
@@ -42,16 +43,28 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 def make_state(
     config: ConfigDict, model_config: OspreyConfig, mesh: Mesh
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """How to create the first state, sharded, and its `jax.ShapeDtypeStruct`s with shardings."""
+    """How to create the first state, sharded, and its `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises ValueError for a pattern of `config.trained`, or a target of `config.lora`, that matches nothing.
+    """
+    lora = train_config.make_lora(config)
 
     def begin(params: Params) -> TrainState:
         dtypes = {"frozen_dtype": config.frozen_dtype, "mu_dtype": config.mu_dtype}
         return init_state(params, config.trained, **dtypes)
 
     def init(key: Array) -> TrainState:
-        return begin(init_params(model_config, key))
+        return begin(init_params(model_config, key, lora=lora))
 
-    places = sharding.param_shardings(boxed_params(model_config), mesh)
+    def adapt(params: Params, key: Array) -> TrainState:
+        # Of the fresh parameters only adapters are used, so the compiler drops all the others.
+        return begin(merge(init_params(model_config, key, lora=lora), params))
+
+    places = sharding.param_shardings(boxed_params(model_config, lora=lora), mesh)
+    if lora is not None:
+        inside = [path for path in flatten(places) if path.startswith("decoder/layers/")]
+        kernels = [path for path in inside if path.endswith("/kernel")]
+        lora.check_targets(path.removesuffix("/kernel") for path in kernels)
     trained, frozen = partition(places, config.trained)
     everywhere: Any = NamedSharding(mesh, sharding.partition_spec(()))
     shardings = TrainState(
@@ -66,10 +79,12 @@ def make_state(
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
     def create() -> TrainState:
-        if config.init_from:
-            params = load_params(config.init_from, abstract.params)
-            return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
         key = jax.random.key(config.seed)
+        if config.init_from:
+            params = load_params(config.init_from, without_adapters(abstract.params))
+            if lora is None:
+                return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+            return jax.jit(adapt, out_shardings=shardings, donate_argnums=0)(params, key)
         return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
     return create, abstract

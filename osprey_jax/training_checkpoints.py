@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from osprey_jax.checkpoint import damage_named, first_line, flatten, load_tree, save_trees, write_description
 from osprey_jax.config import OspreyConfig
 from osprey_jax.directories import as_path, remove, synchronise
+from osprey_jax.lora import Lora
 from osprey_jax.prompt import Tokenizer
 from osprey_jax.typing import Params
 
@@ -45,11 +46,17 @@ class TrainingCheckpoints:
     """
 
     def __init__(
-        self, directory: os.PathLike | str, *, keep: int, config: OspreyConfig, tokenizer: Tokenizer
+        self,
+        directory: os.PathLike | str,
+        *,
+        keep: int,
+        config: OspreyConfig,
+        tokenizer: Tokenizer,
+        lora: Lora | None = None,
     ):
         """`directory` need not exist; `keep` is how many checkpoints stay; the rest goes into each."""
         self.directory, self._keep = as_path(directory), keep
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._lora = config, tokenizer, lora
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -83,7 +90,7 @@ class TrainingCheckpoints:
                 for response in responses:
                     response.result()
                 if jax.process_index() == 0:
-                    write_description(partial, self._config, self._tokenizer)
+                    write_description(partial, self._config, self._tokenizer, lora=self._lora)
                     _write_manifest(partial, sums)
                     partial.rename(self.directory / str(step))
                     for old in self.steps()[: -self._keep]:

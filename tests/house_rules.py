@@ -22,6 +22,7 @@ LAYERS = (
         "region_lines",
         "figure",
         "quantize",
+        "lora",
         "sharding",
         "batch",
         "directories",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax import quantize
+from osprey_jax.lora import ADAPTERS, Lora
 from osprey_jax.ops.norms import layer_norm, rms_norm
 from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array, Params
@@ -52,7 +53,8 @@ class Linear(nn.Module):
 
     `axes` names the kernel's logical axes, inputs first. Kernel and bias are cast to `dtype`; the result has
     that dtype, too, unless `out_dtype` is given. With a `quantization`, one of `quantize.SCHEMES`, the kernel
-    holds integers, and a leaf `kernel_scale` their scales.
+    holds integers, and a leaf `kernel_scale` their scales. With a `lora` that names it, the layer has an
+    adapter.
     """
 
     inputs: Sequence[int]
@@ -62,10 +64,13 @@ class Linear(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     out_dtype: jnp.dtype | None = None
     quantization: str | None = None
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = self._product(x) if self.quantization is None else self._quantized_product(x)
+        if self.lora is not None and self.lora.adapts("/".join(self.path)):
+            y += self._adapter_product(x, self.lora)
         if self.use_bias:
             axes = self.axes[len(self.inputs) :]
             bias = self.param("bias", logical(nn.initializers.zeros, *axes), tuple(self.outputs))
@@ -75,14 +80,20 @@ class Linear(nn.Module):
 
     def _product(self, x: Array) -> Array:
         n = len(self.inputs)
-        init = nn.initializers.variance_scaling(
-            1 / 3,
-            "fan_in",
-            "uniform",
-            in_axis=tuple(range(n)),
-            out_axis=tuple(range(n, n + len(self.outputs))),
-        )
-        kernel = self.param("kernel", logical(init, *self.axes), (*self.inputs, *self.outputs))
+        init = logical(_uniform(n, len(self.outputs)), *self.axes)
+        kernel = self.param("kernel", init, (*self.inputs, *self.outputs))
+        return self._contract(x, kernel, n)
+
+    def _adapter_product(self, x: Array, lora: Lora) -> Array:
+        n, inner = len(self.inputs), "lora_rank"
+        first = logical(_uniform(n, 1), *self.axes[:n], inner)
+        last = logical(nn.initializers.zeros, inner, *self.axes[n:])
+        a = self.param(ADAPTERS[0], first, (*self.inputs, lora.rank))
+        b = self.param(ADAPTERS[1], last, (lora.rank, *self.outputs))
+        return self._contract(self._contract(x, a, n), b * lora.scale, 1)
+
+    def _contract(self, x: Array, kernel: Array, n: int) -> Array:
+        """Contracts the last `n` axes of `x` with the first ones of a kernel."""
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         return jax.lax.dot_general(
             x.astype(self.dtype),
@@ -113,6 +124,12 @@ class Linear(nn.Module):
             out_dtype=self.out_dtype or self.dtype,
         )
         return y.reshape(*y.shape[:-1], *self.outputs)
+
+
+def _uniform(inputs: int, outputs: int) -> nn.initializers.Initializer:
+    """Of a kernel with so many axes of inputs and of outputs."""
+    axes = tuple(range(inputs)), tuple(range(inputs, inputs + outputs))
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=axes[0], out_axis=axes[1])
 
 
 class LayerNorm(nn.Module):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.config import DecoderConfig
+from osprey_jax.lora import Lora
 from osprey_jax.models.layers import Linear, RMSNorm, constrain, logical
 from osprey_jax.ops.attention import attention, visibility
 from osprey_jax.ops.rotary import apply_rotary
@@ -75,13 +76,16 @@ class SelfAttention(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
     quantization: str | None = None
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
         self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: Place
     ) -> tuple[Array, KeysValues | None]:
         c = self.config
-        linear = partial(Linear, use_bias=False, dtype=self.dtype, quantization=self.quantization)
+        linear = partial(
+            Linear, use_bias=False, dtype=self.dtype, quantization=self.quantization, lora=self.lora
+        )
         dim, heads, kv_heads = (c.dim,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
 
         def project(name: str, outputs: tuple, kind: str) -> Array:
@@ -116,11 +120,14 @@ class FeedForward(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
     quantization: str | None = None
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dim, ffn = (self.config.dim,), (self.config.ffn_dim,)
-        linear = partial(Linear, use_bias=False, dtype=self.dtype, quantization=self.quantization)
+        linear = partial(
+            Linear, use_bias=False, dtype=self.dtype, quantization=self.quantization, lora=self.lora
+        )
         gate = linear(dim, ffn, ("embed", "ffn"), name="gate_proj")(x)
         y = jax.nn.silu(gate) * linear(dim, ffn, ("embed", "ffn"), name="up_proj")(x)
         y = constrain(y, ("batch", None, "activation_ffn"))
@@ -133,19 +140,18 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
     quantization: str | None = None
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
         self, x: Array, kv: KeysValues | None, prefix: KeysValues | None, place: Place
     ) -> tuple[Array, KeysValues | None]:
-        eps = self.config.norm_eps
-        attended, kv = SelfAttention(self.config, self.dtype, self.quantization, name="self_attn")(
+        eps, how = self.config.norm_eps, (self.dtype, self.quantization, self.lora)
+        attended, kv = SelfAttention(self.config, *how, name="self_attn")(
             RMSNorm(eps, name="input_layernorm")(x), kv, prefix, place
         )
         x = x + attended
-        x = x + FeedForward(self.config, self.dtype, self.quantization, name="mlp")(
-            RMSNorm(eps, name="post_attention_layernorm")(x)
-        )
+        x = x + FeedForward(self.config, *how, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         return constrain(x, ("batch", None, "activation_embed")), kv
 
 
@@ -160,9 +166,11 @@ class Llama(nn.Module):
     """Of the layers' matrices, a name of `quantize.SCHEMES`; embeddings, norms and head stay as they are."""
     remat: str = "none"
     """What the backward pass computes again in stacked layers: "none", or one of `REMAT_POLICIES`."""
+    lora: Lora | None = None
+    """Adapters of the layers' matrices, for training, where layers are stacked."""
 
     def setup(self) -> None:
-        c, layer = self.config, (self.config, self.dtype, self.quantization)
+        c, layer = self.config, (self.config, self.dtype, self.quantization, self.lora)
         self.embed_tokens = Embedding(c.vocab_size, c.dim, self.dtype)
         if self.scan_layers:
             kind: Any = DecoderLayer

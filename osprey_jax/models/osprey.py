@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.config import OspreyConfig
+from osprey_jax.lora import Lora
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.convnext import ConvNeXt
 from osprey_jax.models.layers import Linear, constrain, unstack
@@ -64,13 +65,16 @@ class Osprey(nn.Module):
     quantization: str | None = None
     remat: str = "none"
     """Of the decoder's layers, where they are stacked (`llama.Llama`)."""
+    lora: Lora | None = None
+    """The decoder's adapters, if any."""
 
     def setup(self) -> None:
         c = self.config
         self.vision = ConvNeXt(c.vision, self.dtype, self.scan_blocks)
         self.projector = Projector(c.decoder.dim, self.dtype)
         self.extractor = MaskExtractor(c.extractor, c.decoder.dim)
-        self.decoder = Llama(c.decoder, self.dtype, self.scan_layers, self.quantization, self.remat)
+        how = self.scan_layers, self.quantization, self.remat, self.lora
+        self.decoder = Llama(c.decoder, self.dtype, *how)
 
     def features(self, images: Float[Array, "B Y X 3"]) -> tuple[Array, ...]:
         """The tower's four feature maps of preprocessed images."""
@@ -243,10 +247,11 @@ def boxed_params(
     scan_layers: bool = True,
     scan_blocks: bool = True,
     quantization: str | None = None,
+    lora: Lora | None = None,
 ) -> Params:
     """Shapes of all parameters, boxed with their logical axes: float32, or quantised; allocates nothing."""
-    init = partial(_init, config, scan_layers=scan_layers, scan_blocks=scan_blocks, quantization=quantization)
-    return jax.eval_shape(init, jax.random.key(0))
+    how = {"scan_layers": scan_layers, "scan_blocks": scan_blocks, "quantization": quantization, "lora": lora}
+    return jax.eval_shape(partial(_init, config, **how), jax.random.key(0))
 
 
 def unstack_params(params: Any, *, blocks: bool) -> Params:
@@ -277,6 +282,6 @@ def abstract_params(
     return jax.tree_util.tree_map_with_path(struct, nn.unbox(boxed_params(config, quantization=quantization)))
 
 
-def init_params(config: OspreyConfig, key: Array) -> Params:
-    """Fresh float32 parameters."""
-    return nn.unbox(jax.jit(partial(_init, config))(key))
+def init_params(config: OspreyConfig, key: Array, *, lora: Lora | None = None) -> Params:
+    """Fresh float32 parameters; adapters change none of the others."""
+    return nn.unbox(jax.jit(partial(_init, config, lora=lora))(key))
