@@ -24,6 +24,7 @@ LAYERS = (
         "quantize",
         "sharding",
         "batch",
+        "cluster",
         "directories",
         "compilation_cache",
         "ops",
