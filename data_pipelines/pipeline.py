@@ -304,7 +304,7 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         identity = found[0]["identity"] | {"host": host, "num_hosts": hosts}
         state = found[0] | {"place": place, "taken": 0, "identity": identity}
         self.set_state(json.dumps(state).encode())
-        if len({*batches}) == 1 and batches[0].is_integer() and not any(each["taken"] for each in found):
+        if self._identity["share_image"] == 1 and len({*batches}) == 1 and batches[0].is_integer():
             return ""
         return f"{len(found)} hosts were not at the same sample, {hosts} go on behind the last of them"
 

@@ -234,7 +234,7 @@ def check_space(workdir: Path, *, checkpoint_bytes: int, stay: int, saved: int) 
     if free < needed:
         raise ValueError(
             f"no space for checkpoints: {workdir} has {_size(free)} free, needed are {_size(needed)} "
-            f"({_size(checkpoint_bytes)} each, of which {stay} stay by config.keep_checkpoints and keep_every)"
+            f"({_size(checkpoint_bytes)} each, of which {stay} stay: config.keep_checkpoints, keep_every)"
         )
 
 

@@ -32,7 +32,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts the command on so many fake devices, with such variables; programs are compiled once for all processes, and fast."""
+    """Starts the command on so many fake devices; programs are compiled once for all processes, and fast.
+
+    Further keywords are environment variables.
+    """
     environment = dict(os.environ)
     environment["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         tmp_path_factory.mktemp("cache")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.train.runs import Command, Start, learned, rows, steps, wait_until
+from tests.train.runs import Command, Start, learned, newest, rows, steps, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -75,10 +75,11 @@ def disturb(
         if aim == "restore":
             time.sleep(rng.uniform(0.0, 0.4))
         if aim in ("step", "save"):
-            # The first row is that of the first step, and drops those after the checkpoint.
-            base = min(before, _newest_step(workdir))
-            wait_until(lambda base=base: steps(workdir) > base, process)
-            time.sleep(rng.uniform(0.0, 0.3))
+            # A start drops the rows behind its checkpoint before it adds some.
+            base = min(before, newest(workdir))
+            far = base + rng.integers(1, 8)
+            wait_until(lambda far=far: steps(workdir) >= far, process)
+            time.sleep(rng.uniform(0.0, 0.05))
         if aim == "save":
             wait_until(lambda cut=cut: any(path not in cut for path in left_incomplete(workdir)), process)
             time.sleep(rng.uniform(0.0, 0.03))
@@ -100,11 +101,6 @@ def disturb(
         chaos.devices[count] += 1
     print(f"seed {seed}: {chaos}, at step {steps(workdir)}")
     return chaos
-
-
-def _newest_step(workdir: Path) -> int:
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def assert_whole(workdir: Path) -> None:
