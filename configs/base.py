@@ -34,11 +34,17 @@ def get_config() -> ConfigDict:
     config.weight_decay = 0.0
     # The largest norm of all gradients together; 0 for no clipping.
     config.clip_norm = 1.0
+    # A norm so many times the usual one is told, with the samples of its batch; 0: never.
+    config.spike = 10.0
+    # Leaves such updates out, and those whose gradients are no numbers, which otherwise end the run.
+    config.skip_spikes = False
 
     # Regular expressions: a parameter whose whole path one of them matches is trained, the rest is frozen.
     config.trained = (".*",)
     # Of the frozen parameters ("float32" or "bfloat16"); trained ones are float32.
     config.frozen_dtype = "bfloat16"
+    # Of the first moments: "bfloat16" takes two bytes less for each trained parameter.
+    config.mu_dtype = "float32"
     # What the tower and the decoder compute in; norms, softmax, extractor and loss are float32 in any case.
     config.dtype = "bfloat16"
 
@@ -50,6 +56,8 @@ def get_config() -> ConfigDict:
     # split in, and parts that heads and widths are split in.
     config.mesh = ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})
 
+    # Seconds at one thing, be it a step, its data or a save, after which it is told what hangs; 0: never.
+    config.patience = 600.0
     # In updates. Progress and TensorBoard; `metrics.jsonl` has every step.
     config.log_every = 10
     config.checkpoint_every = 500
@@ -57,9 +65,13 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 3
     # In updates: the checkpoints of these steps stay beside the newest ones, for good; 0 for none.
     config.keep_every = 0
-    # The loss of so many batches of `data.held_out`; 0 for none.
+    # The loss of so many batches of each source of `data.held_out`, which stay in memory; 0 for none.
     config.eval_every = 0
     config.eval_batches = 8
+    # Then so many samples of each are answered and go to TensorBoard as pictures, and of `shapes` 64 regions
+    # are described, of which `exact_match` is the share that is right. Meanwhile a copy of the parameters, in
+    # `dtype`, is in memory as well (14 GB of 7 billion). 0 for losses alone.
+    config.eval_samples = 4
 
     config.data = ConfigDict(
         {

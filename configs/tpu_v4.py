@@ -1,20 +1,17 @@
-"""Stage 3 on a TPU v4 pod slice.
+"""A TPU v4 slice of 16 chips, v4-32: stage 3, or the stage behind a colon.
 
-    python -m osprey_jax.train --config=configs/tpu_v4.py --workdir=gs://BUCKET/stage3 \
-        --config.init_from=gs://BUCKET/stage2/export --config.data.root=DATA
+    python -m osprey_jax.train --config=configs/tpu_v4.py:stage2 --workdir=gs://BUCKET/stage2 \
+        --config.init_from=gs://BUCKET/stage1 --config.data.root=DATA
 
-Hardware: meant for v4-32, which is 16 chips. Data: as in `stage3.py`.
+Before that, with --compile_topology=v4-32 instead of --workdir, whether it fits, and what it costs.
+Data: as in the stage's own file.
 """
 
 from ml_collections import ConfigDict
 
-from configs import stage3
+from configs.pods import on_pod
 
 
-def get_config() -> ConfigDict:
-    """A batch of 4 can't fill 16 chips: 32 do, with the rate raised by about the root of that."""
-    config = stage3.get_config()
-    config.batch_size = 32
-    config.learning_rate = 3e-5
-    config.mesh.fsdp = 16
-    return config
+def get_config(stage: str = "stage3") -> ConfigDict:
+    """Stages 2 and 3 have a batch of 32, stage 1 its own of 256."""
+    return on_pod(stage, chips=16, batch_size=32)

@@ -1,32 +1,32 @@
-"""The training step compiled for TPUs that needn't be here: whether it fits, and what it costs."""
+"""The training step compiled for TPUs or GPUs that needn't be here: whether it fits, and what it costs."""
 
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from osprey_jax import sharding
+from osprey_jax import flops, sharding
 from osprey_jax.batch import Batch
-from osprey_jax.config import OspreyConfig, from_config
+from osprey_jax.config import from_config
+from osprey_jax.gpu_targets import MOST
 from osprey_jax.hlo import collectives
-from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.topologies import open_topology
-from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
+from osprey_jax.train_step import abstract_batch, make_loss_sums, make_mesh, make_state, make_update
 
 GIB = 1 << 30
 
 
 def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None]) -> bool:
-    """Compiles the step of a configuration for a TPU slice; tells what it takes, and last whether it fits.
+    """Compiles the step of a configuration for TPUs or GPUs; tells what it takes, and last whether it fits.
 
     Neither data nor checkpoints are needed: sizes are those of `config.model` and of the largest bucket.
     Raises ValueError for a slice that doesn't exist, or that the configuration's mesh or batch doesn't fit.
@@ -42,33 +42,38 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     chips, limit = len(topology.devices), topology.memory
     say(f"{name}: {chips} chips of {limit / GIB:.2f} GiB, mesh {dict(mesh.shape)}, batch {config.batch_size}")
+    trained = _shard_bytes(state.trained)
     begin = time.monotonic()
     with sharding.use_mesh(mesh):
         lowered = jax.jit(update, donate_argnums=0, out_shardings=(places, None)).lower(state, batch)
-        counted = flops(jax.make_jaxpr(update)(state, batch).jaxpr)
+        counted = flops.count(jax.make_jaxpr(update)(state, batch).jaxpr)
         kept = activations(config, model, state, batch, mesh)
+        advice = _advice(config, mesh, trained=trained, kept=kept)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if (needed := re.search(r"\(([0-9.]+)([GT])\) exceeds available HBM", str(error))) is None:
                 raise
             least = float(needed[1]) * (1024 if needed[2] == "T" else 1)
-            say(f"doesn't fit: temporaries alone need {least:.2f} GiB a chip; {_advice(config, mesh)}")
+            say(f"doesn't fit: temporaries alone need {least:.2f} GiB a chip; {advice}")
             return False
     say(f"compiled in {time.monotonic() - begin:.0f} s")
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None, "libtpu tells it"
-    assert text is not None, "libtpu tells it"
+    assert memory is not None, "compilers for chips tell it"
+    assert text is not None, "compilers for chips tell it"
     rows = {
         "parameters": _shard_bytes((state.trained, state.frozen)),
         "optimizer": _shard_bytes((state.mu, state.nu)),
         "batch": _shard_bytes(batch),
         "activations": min(kept, memory.temp_size_in_bytes),
         "temporaries": max(memory.temp_size_in_bytes - kept, 0),
-        "program": memory.generated_code_size_in_bytes,
     }
+    if code := memory.generated_code_size_in_bytes:  # not told for GPUs
+        rows["program"] = code
     for kind, size in rows.items():
         say(f"  {kind:<12}{size / GIB:9.3f} GiB a chip")
+    if topology.caveat:
+        say(f"  {topology.caveat}")
     tokens = config.batch_size * config.data.buckets[-1][0]
     say(f"{counted / 1e12:,.1f} TFLOP a step, recomputation included: {counted / chips / 1e12:,.2f} a chip, "
         f"{counted / tokens / 1e9:,.2f} GFLOP a token")  # fmt: skip
@@ -77,36 +82,12 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
             f"largest {found.largest / 2**20:8.2f} MiB")  # fmt: skip
     total = sum(rows.values())
     if total > limit:
-        say(f"doesn't fit: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip; {_advice(config, mesh)}")
+        if total <= topology.most:
+            advice = f"let JAX take more of the card: XLA_CLIENT_MEM_FRACTION={MOST}; or {advice}"
+        say(f"doesn't fit: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip; {advice}")
         return False
     say(f"fits: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip")
     return True
-
-
-def abstract_batch(config: ConfigDict, model_config: OspreyConfig, mesh: Mesh) -> Batch:
-    """Shapes of the largest batch, placed as `batch.to_device` does."""
-    length, regions = max(config.data.buckets)
-    rows, images, vision = config.batch_size, config.data.images_per_row, model_config.vision
-    place = NamedSharding(mesh, sharding.partition_spec(("batch",)))
-
-    def array(dtype: str, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=place)
-
-    side, position = vision.image_size, model_config.extractor.position_size
-    ids = array("int32", length)
-    return Batch(
-        images=array("float32", images, side, side, 3),
-        masks=MaskPyramid(
-            levels=tuple(array("bool", images, regions, size, size) for size in vision.level_sizes),
-            position=array("float32", images, regions, position, position),
-        ),
-        input_ids=ids,
-        labels=ids,
-        loss_weights=array("float32", length),
-        positions=ids,
-        segment_ids=ids,
-        prefix_segment_ids=ids,
-    )
 
 
 def activations(config: ConfigDict, model: Osprey, state: TrainState, batch: Batch, mesh: Mesh) -> int:
@@ -123,39 +104,8 @@ def activations(config: ConfigDict, model: Osprey, state: TrainState, batch: Bat
     )(state.trained, state.frozen, part)
     given = set(traced.jaxpr.invars)
     kept: set[Any] = {x for x in traced.jaxpr.outvars if isinstance(x, core.Var) and x not in given}
-    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in kept) // shards
-
-
-def flops(jaxpr: Any) -> int:
-    """Floating-point operations of the matrix products and convolutions of a program, over all devices."""
-    total = 0
-    for equation in jaxpr.eqns:
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = math.prod(shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            outputs = equation.params["dimension_numbers"].rhs_spec[0]
-            inner = math.prod(kernel) // kernel[outputs]
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        for inner_jaxpr in _inner(equation.params.values()):
-            total += times * flops(inner_jaxpr)
-    return total
-
-
-def _inner(values: Iterable[Any]) -> Iterator[Any]:
-    """The programs among an equation's parameters."""
-    for value in values:
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _inner(value)
+    size = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in kept)
+    return size // sharding.batch_shards(mesh)
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -166,16 +116,21 @@ def _shard_bytes(tree: Any) -> int:
     )
 
 
-def _advice(config: ConfigDict, mesh: Mesh) -> str:
-    """The knob to turn next, the cheapest first."""
-    sizes = dict(mesh.shape)
-    rows = config.batch_size // config.accumulation // (sizes["data"] * sizes["fsdp"])
+def _advice(config: ConfigDict, mesh: Mesh, *, trained: int, kept: int) -> str:
+    """The knob to turn next, the cheapest first; `trained` parameters and `kept` activations are in bytes."""
+    rows = config.batch_size // config.accumulation // sharding.batch_shards(mesh)
+    # Where there are parts, their gradients are summed up beside those of the part at hand.
+    sums = trained if config.accumulation == 1 else 0
     if config.remat == "none":
         return "recompute more: --config.remat=full"
-    if rows > 1:
+    if rows > 1 and kept // 2 > sums:
         return f"compute a batch in more parts: --config.accumulation={config.accumulation * 2}"
     if config.remat != "full":
         return "recompute more: --config.remat=full"
-    if sizes["data"] > 1:
-        return f"split parameters more: --config.mesh.fsdp={sizes['fsdp'] * 2}"
-    return "take a larger slice, or split widths, too: --config.mesh.tensor=2"
+    if mesh.shape["data"] > 1:
+        return f"split parameters more: --config.mesh.fsdp={config.mesh.fsdp * 2}"
+    if config.mu_dtype == "float32" and trained > kept:
+        return "keep first moments in two bytes: --config.mu_dtype=bfloat16"
+    if rows > 1:
+        return f"take a smaller batch: --config.batch_size={config.batch_size // 2}"
+    return "take more chips"

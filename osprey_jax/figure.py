@@ -53,6 +53,34 @@ def draw_regions(
     regions = as_masks(masks, (image.shape[0], image.shape[1]))
     if len(regions) != len(texts):
         raise ValueError(f"{len(regions)} masks, but {len(texts)} texts")
+    picture, seen = _painted(image, regions, tint)
+    return _compose(picture, [_Entry(n, text, empty=n not in seen) for n, text in enumerate(texts, 1)])
+
+
+def draw_words(image: np.ndarray, masks: np.ndarray, paragraphs: Sequence[str]) -> Image.Image:
+    """Draws an image with its regions numbered from 1, as `draw_regions` does, and words about all below it.
+
+    Args:
+      image: `(h, w, 3)` uint8.
+      masks: `(R, h, w)` bool, which may be none.
+      paragraphs: the words; each begins a line, and is cut after `MAX_LINES` of them.
+
+    Returns: an RGB picture.
+    """
+    picture, _ = _painted(image, masks, TINT)
+    width = max(picture.width, 560)
+    lines = [line for text in paragraphs for line in _wrap(_printable(text), width)]
+    top = 2 * MARGIN + picture.height
+    sheet = Image.new("RGB", (width + 2 * MARGIN, top + len(lines) * LINE_HEIGHT + MARGIN), PAPER)
+    sheet.paste(picture, (MARGIN, MARGIN))
+    draw = ImageDraw.Draw(sheet)
+    for row, line in enumerate(lines):
+        draw.text((MARGIN, top + row * LINE_HEIGHT), line, fill=INK, font=_font(TEXT_SIZE))
+    return sheet
+
+
+def _painted(image: np.ndarray, regions: np.ndarray, tint: float) -> tuple[Image.Image, set[int]]:
+    """The image at the figure's size with its regions and badges, and the numbers of those to be seen."""
     size = _canvas_size(image.shape[0], image.shape[1])
     area = regions.sum((1, 2))
     # By number, in the order of drawing.
@@ -66,8 +94,7 @@ def draw_regions(
         _paint(picture, covered, _colour(number), tint)
     if coverage:
         _paste_badges(picture, coverage)
-    entries = [_Entry(number, text, empty=number not in coverage) for number, text in enumerate(texts, 1)]
-    return _compose(picture, entries)
+    return picture, set(coverage)
 
 
 def _canvas_size(height: int, width: int) -> tuple[int, int]:
@@ -235,7 +262,11 @@ class _Entry:
 
     def lines(self, width: float) -> list[str]:
         text = f"{self.text} (empty mask)" if self.empty else self.text
-        return _wrap("".join(letter if letter.isprintable() else " " for letter in text), width)
+        return _wrap(_printable(text), width)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _wrap(text: str, width: float) -> list[str]:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 
 
@@ -17,8 +19,12 @@ class Metrics:
     step is there once.
     """
 
-    def __init__(self, workdir: Path, *, step: int, steps: int, every: int):
-        """The run goes on from `step` to `steps`; progress and TensorBoard get every `every`-th one."""
+    def __init__(self, workdir: Path, *, step: int, steps: int, every: int, peak: float | None = None):
+        """The run goes on from `step` to `steps`; progress and TensorBoard get every `every`-th one.
+
+        `peak` is what all devices can do together, in operations per second, where that is known.
+        """
+        self._peak = peak
         self._path, self._steps, self._every = workdir / "metrics.jsonl", steps, every
         self._lines = _kept_lines(self._path, step)
         # A bucket's objects can't be appended to, so there the whole file is written again at each flush.
@@ -26,22 +32,40 @@ class Metrics:
         _replace(self._path, self._lines)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._last = self._shown = time.monotonic()
-        self._window = [0.0, 0.0, 0.0]  # steps, tokens and samples since progress was last shown
+        self._window = [0.0] * 4  # steps, tokens, samples and operations since progress was last shown
+        self._evaluated: dict[int, Mapping[str, float]] = {}  # by steps that are still to be written
 
-    def write(self, step: int, values: Mapping[str, float], *, samples: int) -> None:
-        """Adds a step: its numbers, `loss` and `tokens` among them, and how many samples it took."""
+    def evaluated(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        """Adds what was found of the state after a step, before the step itself is written.
+
+        TensorBoard gets all of it, whatever the step; the numbers come into the step's line as well.
+        """
+        self._evaluated[step] = numbers
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        for name, picture in pictures.items():
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def write(self, step: int, values: Mapping[str, float], *, samples: int, operations: int = 0) -> None:
+        """Adds a step: its numbers, `loss` and `tokens` among them, how many samples it took, and operations.
+
+        The share of the peak that these are, MFU, is left out where either isn't known.
+        """
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-9), now
         tokens = values["tokens"]
-        row = {"step": step, **values, "tokens_per_second": tokens / seconds}
+        evaluated = self._evaluated.pop(step, {})
+        row = {"step": step, **values, **evaluated, "tokens_per_second": tokens / seconds}
         row["samples_per_second"] = samples / seconds
+        if self._peak and operations:
+            row["mfu"] = operations / seconds / self._peak
         line = json.dumps(row) + "\n"
         if self._appends:
             with self._path.open("a") as file:
                 file.write(line)
         else:
             self._lines.append(line)
-        self._window = [a + b for a, b in zip(self._window, (1, tokens, samples), strict=True)]
+        self._window = [a + b for a, b in zip(self._window, (1, tokens, samples, operations), strict=True)]
         if step % self._every == 0 or step == self._steps:
             self._show(step, values, now)
 
@@ -64,14 +88,18 @@ class Metrics:
 
     def _show(self, step: int, values: Mapping[str, float], now: float) -> None:
         seconds, self._shown = max(now - self._shown, 1e-9), now
-        steps, tokens, samples = (count / seconds for count in self._window)
-        self._window = [0.0, 0.0, 0.0]
+        steps, tokens, samples, operations = (count / seconds for count in self._window)
+        self._window = [0.0] * 4
         rates = {"tokens_per_second": tokens, "samples_per_second": samples}
+        share = ""
+        if self._peak and operations:
+            rates["mfu"] = operations / self._peak
+            share = f"{rates['mfu']:.1%} MFU · "
         for name, value in {**values, **rates}.items():
             self._board.add_scalar(name, value, step)
         line = (
             f"step {step}/{self._steps} · loss {values['loss']:.4f} · {tokens:,.0f} tokens/s · "
-            f"{samples:.1f} samples/s · {_duration((self._steps - step) / steps)} left"
+            f"{samples:.1f} samples/s · {share}{duration((self._steps - step) / steps)} left"
         )
         # One line that is overwritten, or, in a file, lines to read.
         start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
@@ -81,10 +109,13 @@ class Metrics:
 class Unheard(Metrics):
     """Those of a process beside the first, whose numbers are the first's: nothing is written."""
 
-    def __init__(self, workdir: Path, *, step: int, steps: int, every: int):
+    def __init__(self, workdir: Path, *, step: int, steps: int, every: int, peak: float | None = None):
         pass
 
-    def write(self, step: int, values: Mapping[str, float], *, samples: int) -> None:
+    def evaluated(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        """Does nothing."""
+
+    def write(self, step: int, values: Mapping[str, float], *, samples: int, operations: int = 0) -> None:
         """Does nothing."""
 
     def flush(self) -> None:
@@ -114,7 +145,8 @@ def _replace(path: Path, lines: list[str]) -> None:
     partial.replace(path)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.checkpoint import flatten, unflatten
-from osprey_jax.typing import Array, Float, Int, Params
+from osprey_jax.typing import Array, Bool, Float, Int, Params
+
+SETTLED = 50
+"""Steps over which the gradients' usual norm is taken, and before which nothing counts as unusual."""
 
 
 @flax.struct.dataclass
@@ -32,9 +35,11 @@ class TrainState:
     trained: Params
     frozen: Params
     mu: Params
-    """First moments, float32, of the trained parameters."""
+    """First moments of the trained parameters, float32 or bfloat16."""
     nu: Params
-    """Second moments."""
+    """Second moments, float32."""
+    log_norm: Float[Array, ""]
+    """The usual logarithm of the gradients' norm: its mean, recent steps weighing most."""
 
     @property
     def params(self) -> Params:
@@ -43,7 +48,8 @@ class TrainState:
 
     def to_arrays(self) -> dict[str, Params]:
         """The state as a checkpoint holds it, which has the step for its name."""
-        return {"params": self.params, "optimizer": {"mu": self.mu, "nu": self.nu}}
+        optimizer = {"mu": self.mu, "nu": self.nu, "log_norm": self.log_norm}
+        return {"params": self.params, "optimizer": optimizer}
 
     @classmethod
     def from_arrays(
@@ -67,6 +73,10 @@ class AdamW:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     """Largest norm of all gradients together; 0 for no clipping."""
+    spike: float = 0.0
+    """From how many times its usual value on the gradients' norm is a spike; 0 knows none."""
+    skip_spikes: bool = False
+    """Whether spikes, and gradients that are no numbers, change nothing."""
 
     def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """Rate of the update after `step` others: from 0 up to the peak, then half a cosine down to 0.
@@ -83,7 +93,8 @@ class AdamW:
     def update(self, state: TrainState, gradients: Params) -> tuple[TrainState, dict[str, Array]]:
         """One step of clipped AdamW. Gradients are those of `state.trained`, in float32.
 
-        Returns: the new state, and the scalars `grad_norm` (before clipping) and `learning_rate`.
+        Returns: the new state, and the scalars `grad_norm` (before clipping), `learning_rate`, `spike` (how
+        many times the usual norm it is where that is too many, else 0) and `skipped` (0 or 1).
         """
         norm = global_norm(gradients)
         rate = self.learning_rate(state.step)
@@ -93,7 +104,7 @@ class AdamW:
         correction1, correction2 = (-jnp.expm1(count * math.log(b)) for b in (self.b1, self.b2))
 
         gradients = jax.tree.map(lambda g: g * factor, gradients)
-        mu = jax.tree.map(lambda m, g: self.b1 * m + (1 - self.b1) * g, state.mu, gradients)
+        mu = jax.tree.map(lambda m, g: self.b1 * _float32(m) + (1 - self.b1) * g, state.mu, gradients)
         nu = jax.tree.map(lambda v, g: self.b2 * v + (1 - self.b2) * jnp.square(g), state.nu, gradients)
 
         def updated(p: Array, m: Array, v: Array) -> Array:
@@ -101,21 +112,58 @@ class AdamW:
             return p - rate * (direction + self.weight_decay * p)
 
         trained = jax.tree.map(updated, state.trained, mu, nu)
-        state = TrainState(step=state.step + 1, trained=trained, frozen=state.frozen, mu=mu, nu=nu)
-        return state, {"grad_norm": norm, "learning_rate": rate}
+        mu = jax.tree.map(lambda m, before: m.astype(before.dtype), mu, state.mu)
+
+        usual, log_norm, spike = self._judged(state, norm)
+        new = TrainState(
+            step=state.step + 1, trained=trained, frozen=state.frozen, mu=mu, nu=nu, log_norm=log_norm
+        )
+        numbers = {"grad_norm": norm, "learning_rate": rate, "spike": spike, "skipped": jnp.zeros(())}
+        if self.skip_spikes:
+            kept = jax.tree.map(lambda before, after: jnp.where(usual, after, before), state, new)
+            new = kept.replace(step=new.step, frozen=state.frozen)
+            numbers["skipped"] = (~usual).astype(jnp.float32)
+        return new, numbers
+
+    def _judged(
+        self, state: TrainState, norm: Float[Array, ""]
+    ) -> tuple[Bool[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        """Whether a norm is a usual one, the usual one's new logarithm, and the size of a spike."""
+        log = jnp.log(norm)
+        ratio = jnp.exp(log - state.log_norm)
+        settled = (self.spike > 0) & (state.step >= SETTLED)
+        spike = jnp.where(settled & (ratio > self.spike), ratio, 0.0)
+        usual = jnp.isfinite(norm) & (spike == 0)
+        weight = jnp.maximum(1 / (state.step + 1).astype(jnp.float32), 1 / SETTLED)
+        mean = state.log_norm + weight * (log - state.log_norm)
+        return usual, jnp.where(usual & (norm > 0), mean, state.log_norm), spike
 
 
-def init_state(params: Params, patterns: Sequence[str], *, frozen_dtype: jnp.dtype | str) -> TrainState:
-    """The state before the first step; `patterns` as in `partition`. Frozen parameters are cast."""
+def init_state(
+    params: Params,
+    patterns: Sequence[str],
+    *,
+    frozen_dtype: jnp.dtype | str,
+    mu_dtype: jnp.dtype | str = "float32",
+) -> TrainState:
+    """The state before the first step; `patterns` as in `partition`. Frozen parameters are cast.
+
+    First moments may be bfloat16. Second ones may not: with `b2` near 1 a step changes them by less than what
+    bfloat16 can tell apart.
+    """
     trained, frozen = partition(params, patterns)
-    zeros = jax.tree.map(jnp.zeros_like, trained)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trained=trained,
         frozen=jax.tree.map(lambda x: x.astype(frozen_dtype), frozen),
-        mu=zeros,
-        nu=zeros,
+        mu=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=mu_dtype), trained),
+        nu=jax.tree.map(jnp.zeros_like, trained),
+        log_norm=jnp.zeros(()),
     )
+
+
+def _float32(x: Array) -> Array:
+    return x.astype(jnp.float32)
 
 
 def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:

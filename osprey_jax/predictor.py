@@ -91,7 +91,7 @@ class Osprey:
                 f"{(config.mask_token_id, config.position_token_id)}"
             )
         # The caller's own tree keeps its stacks.
-        params = _unstacked(jax.tree.map(lambda leaf: leaf, params))
+        params = unstacked(jax.tree.map(lambda leaf: leaf, params))
         how: dict[str, Any] = {
             "scan_layers": False,
             "scan_blocks": not _blocks_apart(),
@@ -102,8 +102,7 @@ class Osprey:
             places = param_shardings(architecture.boxed_params(config, **how), mesh, GENERATION_RULES)
         params = jax.device_put(params, places)
         self.config, self.tokenizer = config, tokenizer
-        model = architecture.Osprey(config, jnp.dtype(dtype), **how)
-        self.network = engine.Network(model, params, mesh)
+        self.network = engine.Network(architecture.Osprey(config, jnp.dtype(dtype), **how), params, mesh)
 
     @classmethod
     def load(
@@ -138,7 +137,7 @@ class Osprey:
         quantization = checkpoint.load_quantization(directory, quantize)
         wanted, originals = (_shapes(config, dtype, name, mesh) for name in (quantization, None))
         unquantized = None if quantization is None else originals
-        params = _unstacked(checkpoint.load_params(directory, wanted, unquantized=unquantized))
+        params = unstacked(checkpoint.load_params(directory, wanted, unquantized=unquantized))
         return cls(config, params, tokenizer, dtype=dtype, quantization=quantization, mesh=mesh)
 
     @property
@@ -324,11 +323,14 @@ class Osprey:
         last the user's. As in the conversation data, `<` and `>` are taken out of what they say.
         """
         how = decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
-        texts = said(messages)
-        prepared = self.prepare(image, masks)
+        texts, prepared = said(messages), self.prepare(image, masks)
         texts[0] = f"{IMAGE_TOKEN}\n{OVERVIEW}{region_list(prepared.regions)}{texts[0]}"
         turns = list(zip(texts[::2], [*texts[1::2], None], strict=True))
-        ids = self._expand(conversation(turns, system=SYSTEM_INFERENCE), regions=prepared.regions)
+        return self.complete(prepared, conversation(turns, system=SYSTEM_INFERENCE), how)
+
+    def complete(self, prepared: Prepared, prompt: str, how: Decoding) -> str:
+        """One answer to a complete prompt that names all of an image's regions, or none, in their order."""
+        ids = self._expand(prompt, regions=prepared.regions)
         job = Asked(prepared, ids[:-1], [ids[-1:]], in_prefix=True)
         [answer] = engine.stream(self.network, job, self._rules(how))
         return self._generation(answer, how.stop).text
@@ -424,7 +426,8 @@ def _blocks_apart() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _unstacked(params: Params) -> Params:
+def unstacked(params: Params) -> Params:
+    """The parameters as generation takes them here, whose stacks are taken out of `params`."""
     return architecture.unstack_params(params, blocks=_blocks_apart())
 
 

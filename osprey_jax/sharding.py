@@ -85,6 +85,11 @@ def make_mesh(
     )
 
 
+def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
+    """How many parts a batch is split in."""
+    return math.prod(mesh.shape[axis] for axis in rules["batch"] or ())
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Makes the models' logical constraints on activations hold on `mesh` for what is traced inside."""

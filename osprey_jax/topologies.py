@@ -1,4 +1,4 @@
-"""TPU slices by name, for compiling without one: `libtpu` has the compiler for all of them."""
+"""Chips by name, for compiling without them: `libtpu` compiles for all TPUs, JAX's CUDA plugin for GPUs."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from osprey_jax import gpu_targets
 from osprey_jax.checkpoint import first_line
 
 _KINDS = {"v4": "v4", "v5p": "v5p", "v5e": "v5e", "v5litepod": "v5e", "v6e": "v6e"}
@@ -29,7 +30,10 @@ _SHAPES = {
     1: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
 }
 """Of so many chips, for chips of two cores and of one."""
-_EXAMPLES = "v4-32 (16 chips), v5p-32 (16), v5e-64, v6e-16, or shapes such as v5e:2x4 and v4:2x2x1"
+_EXAMPLES = (
+    "v4-32 (16 chips), v5p-32 (16), v5e-64, v6e-16, shapes such as v5e:2x4 and v4:2x2x1, "
+    "and the GPUs h200, h100 and h200-8"
+)
 
 
 class Topology(NamedTuple):
@@ -39,13 +43,19 @@ class Topology(NamedTuple):
     devices: Sequence[jax.Device]
     memory: float
     """Bytes of one chip that programs may use."""
+    most: float
+    """What they could be made to use."""
+    caveat: str = ""
+    """What the compiler can't know without the chip."""
 
 
 def open_topology(name: str) -> Topology:
-    """Describes a slice by its cloud name, such as `v5e-64`, or its shape, such as `v5e:8x8`.
+    """Describes a slice by its cloud name, as `v5e-64`, or its shape, as `v5e:8x8`; or GPUs, as `h200-8`.
 
-    Raises ValueError where there is no such slice, or no libtpu to compile for it.
+    Raises ValueError where there is no such slice, or nothing to compile for it.
     """
+    if name.lower().partition("-")[0] in gpu_targets.GPUS:
+        return _open_gpus(name)
     kind, shape = _shape(name)
     sizes = [int(size) for size in shape.split("x")]
     # A host has four chips, or fewer in slices that are smaller.
@@ -61,11 +71,48 @@ def open_topology(name: str) -> Topology:
         )
     except Exception as error:  # of several types, some of them private
         why = first_line(error)
-        if "libtpu" in why or "Unable to initialize" in why or "plugin" in why:
+        if any(word in why for word in ("libtpu", "TPU support", "Unable to initialize")):
             raise ValueError(f"compiling for {name} needs libtpu: pip install libtpu ({why})") from None
         raise ValueError(f"no TPU slice {name}: {why}; there are {_EXAMPLES}") from None
     devices = list(found.devices)
-    return Topology(name, devices, _memory(devices[0]))
+    memory = _memory(devices[0])
+    return Topology(name, devices, memory, most=memory)
+
+
+def _open_gpus(name: str) -> Topology:
+    """One GPU or those of one host; nothing is tuned, as that means to try what is faster.
+
+    Of a card's memory programs get the part that JAX takes at its start (`gpu_targets.memory_fraction`).
+    """
+    kind, _, count = name.lower().partition("-")
+    if count and count not in map(str, gpu_targets.COUNTS):
+        named = ", ".join(f"{kind}-{size}" for size in gpu_targets.COUNTS[1:])
+        raise ValueError(f"no GPUs {name}: of {kind} there are {kind}, {named}")
+    gpu = gpu_targets.GPUS[kind]
+    fraction = gpu_targets.memory_fraction()
+    # Nothing runs; else the plugin insists on all of CUDA's libraries, or takes a card's memory.
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")
+    # The plugin tells several times that there is no driver.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=gpu_targets.target_config(gpu), topology=f"1x1x{count or 1}"
+        )
+    except NotImplementedError as error:
+        plugin = f"jax-cuda12-pjrt=={jax.__version__}"
+        raise ValueError(
+            f"compiling for {name} needs JAX's CUDA plugin, but no GPU: pip install --no-deps {plugin} "
+            f"({first_line(error)})"
+        ) from None
+    return Topology(
+        name,
+        list(found.devices),
+        gpu.memory * fraction,
+        most=gpu.memory * max(fraction, gpu_targets.MOST),
+        caveat=f"JAX takes {fraction:.0%} of {gpu.memory / 2**30:.2f} GiB (XLA_CLIENT_MEM_FRACTION); "
+        "kernels are not tuned and workspaces of cuDNN not counted, for both are chosen on the card",
+    )
 
 
 def _shape(name: str) -> tuple[str, str]:

@@ -18,12 +18,12 @@ of processes may be another at the next start.
 
 compiles the step for TPUs that needn't be here (pip install libtpu), tells what a chip would hold and send,
 and as its last line whether that fits. It needs neither data nor checkpoints. Names are those of clouds
-(v4-32 has 16 chips, v5p-32 16, v5e-64 64, v6e-16 16) or shapes (v5e:2x4, v5e:1x1). Exit status: 0 fits,
-1 doesn't, 2 refused.
+(v4-32 has 16 chips, v5p-32 16, v5e-64 64, v6e-16 16) or shapes (v5e:2x4, v5e:1x1); h200, h100 and h200-8 are
+GPUs (pip install --no-deps jax-cuda12-pjrt, of JAX's version), of whose memory JAX takes the part that
+XLA_CLIENT_MEM_FRACTION says, 0.75 without. Exit status: 0 fits, 1 doesn't, 2 refused.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import re
@@ -36,25 +36,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.pipeline import FailingSamples, Loader
+from data_pipelines.pipeline import FailingSamples
 from data_pipelines.watched import ABANDONED, WorkerDied
 from osprey_jax import cluster, sharding, train_config
-from osprey_jax.batch import Batch, to_device
+from osprey_jax.batch import to_device
 from osprey_jax.checkpoint import first_line, load_config, save_params
 from osprey_jax.compile_topology import compile_topology
 from osprey_jax.config import from_config
 from osprey_jax.directories import as_path
+from osprey_jax.evaluation import Evaluator
 from osprey_jax.metrics import Metrics, Unheard
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
+from osprey_jax.profiler import Profiler, Steps
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.train_data import make_data
-from osprey_jax.train_step import make_loss_sums, make_mesh, make_state, make_update
+from osprey_jax.train_step import make_mesh, make_state, make_update
 from osprey_jax.training_checkpoints import TrainingCheckpoints, kept, saved_steps
+from osprey_jax.training_summary import mesh_peak, model_flops, summary
 from osprey_jax.typing import Array
+from osprey_jax.watchdog import Watchdog
 
 HELP = "configs/base.py has every key and what it means, the files beside it what differs for a stage."
 
@@ -63,8 +66,16 @@ class NotFinite(ArithmeticError):
     """A loss or a gradient that is no number, and the samples that it came from."""
 
 
-def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None] = lambda: None) -> str:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stopped: Callable[[], str | None] = lambda: None,
+    profile: Steps | None = None,
+) -> str:
     """Trains until the last step, or until `stopped` gives a reason to stop; returns what to tell the user.
+
+    `profile` names steps to trace into `tensorboard/`.
 
     Raises Refused before the first step; after it OSError where a checkpoint can't be written, FailingSamples
     and NotFinite.
@@ -90,6 +101,8 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             b2=config.b2,
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
+            spike=config.spike,
+            skip_spikes=config.skip_spikes,
         )
 
         # The state: first as shapes that know their places on the mesh, then restored or created there.
@@ -103,7 +116,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
         )
         train_config.claim(workdir, config, saved=len(checkpoints.steps()))
         if "://" not in str(workdir):  # where nothing can be appended to a file
-            for loader in filter(None, (data.training, data.held_out)):
+            for loader in (data.training, *(each.loader for each in data.held_out)):
                 loader.report = workdir / f"skipped-{jax.process_index()}.jsonl"
         checkpoints.clean_up()
         restored = checkpoints.restore_newest(abstract.to_arrays(), report=say)
@@ -124,20 +137,23 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
             if lost := data.training.set_states(restored.loader_states):
                 say(f"warning: {lost}")
 
-    if cluster.is_first():
-        describe(state, mesh, step=step, steps=data.steps)
+    peak, operations = mesh_peak(mesh), model_flops(model, state)
+    for line in summary(state, mesh, config, operations=operations, step=step, steps=data.steps):
+        if cluster.is_first():
+            say(line)
     # The next state lies where the last one did, so that one program serves all steps.
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     update = make_update(model, optimizer, accumulation=config.accumulation)
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
     evaluate = None
-    if config.eval_every and data.held_out is not None:
-        evaluate = make_evaluate(model, data.held_out, config.eval_batches, mesh)
+    if config.eval_every and step < data.steps:
+        evaluate = Evaluator(model, data, mesh, config, report=say)
     metrics = (Metrics if cluster.is_first() else Unheard)(
-        workdir, step=step, steps=data.steps, every=config.log_every
+        workdir, step=step, steps=data.steps, every=config.log_every, peak=peak
     )
+    watchdog, profiler = Watchdog(config.patience, say), Profiler(profile, workdir / "tensorboard", say)
     with sharding.use_mesh(mesh), contextlib.ExitStack() as stack:
-        for each in (metrics, data.training, checkpoints):
+        for each in (metrics, data.training, checkpoints, profiler, watchdog):
             stack.callback(each.close)
 
         def due(every: int) -> bool:
@@ -150,6 +166,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
         saved, running, stop = step, None, cluster.Stop(mesh, stopped)
         failure: Exception | None = None
         while step < data.steps and not stop():
+            watchdog.at(f"waiting for the data of step {step + 1}")
             try:
                 batch, sample_ids = next(data.training)
             except (FailingSamples, WorkerDied) as error:
@@ -157,16 +174,21 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
                     raise  # the others are a step ahead, so there is nothing that all could save
                 failure = error
                 break
+            watchdog.at(f"step {step + 1}")
+            profiler.before(step + 1)
             state, numbers = update(state, to_device(batch, mesh))
             if running is not None:
                 record(metrics, *running)  # a step late, so that the devices have work meanwhile
             step += 1
-            running = (step, numbers, sample_ids)
+            profiler.after(step, numbers)
+            running = (step, numbers, sample_ids, operations(batch) if peak else 0)
             if evaluate is not None and due(config.eval_every):
-                running[1]["held_out_loss"] = evaluate(state)
+                watchdog.at(f"evaluating step {step}")
+                metrics.evaluated(step, *evaluate(state))
             if due(config.checkpoint_every):
                 record(metrics, *running)  # first, for it raises where the state is not worth saving
                 running = None
+                watchdog.at(f"saving step {step}")
                 save()
                 saved = step
         if running is not None:
@@ -191,38 +213,27 @@ def train(config: ConfigDict, workdir: Path, *, stopped: Callable[[], str | None
     return f"trained for {step} steps; osprey_jax.Osprey.load({str(export)!r}) loads the model"
 
 
-def make_evaluate(model: Osprey, loader: Loader, count: int, mesh: Mesh) -> Callable[[TrainState], Array]:
-    """The loss of the first `count` batches of a loader, the same ones each time."""
-    sums = jax.jit(make_loss_sums(model))
-    batches: list[Batch] = []
-
-    def evaluate(state: TrainState) -> Array:
-        if not batches:
-            batches.extend(batch for batch, _ in itertools.islice(loader, count))
-            loader.close()
-        found = [sums(state.trained, state.frozen, to_device(batch, mesh)) for batch in batches]
-        totals, weights = zip(*found, strict=True)
-        return sum(totals) / sum(weights)
-
-    return evaluate
-
-
-def record(metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str]) -> None:
+def record(
+    metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str], operations: int
+) -> None:
     """Waits for a step's numbers and writes them; raises NotFinite where training can't go on from them."""
     values = {name: value.item() for name, value in jax.device_get(dict(numbers)).items()}
-    if broken := [
+    samples = f"samples of the batch: {', '.join(sample_ids)}"
+    broken = " and ".join(
         f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])
-    ]:
-        raise NotFinite(f"step {step}: {' and '.join(broken)}; samples of the batch: {', '.join(sample_ids)}")
-    samples = len(sample_ids) * jax.process_count()
-    metrics.write(step, values, samples=samples)
-
-
-def describe(state: TrainState, mesh: Mesh, *, step: int, steps: int) -> None:
-    """Says what is about to be trained, and on what."""
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, state.frozen))
-    parts = f"{trained / 1e6:.2f} M parameters to train, {frozen / 1e6:.2f} M frozen"
-    say(f"{parts}, {jax.default_backend()} devices {dict(mesh.shape)}, step {step} of {steps}")
+    )
+    spike, skipped = values.pop("spike"), values.pop("skipped")
+    if spike:
+        broken = f"grad_norm is {values['grad_norm']:.4g}, {spike:.1f} times the usual"
+    if skipped:
+        # JSON has no word for what is no number.
+        values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
+        say(f"warning: step {step} is left out, as {broken}; {samples}")
+    elif spike:
+        say(f"warning: step {step}: {broken}; {samples}")
+    elif broken:
+        raise NotFinite(f"step {step}: {broken}; {samples}")
+    metrics.write(step, values, samples=len(sample_ids) * jax.process_count(), operations=operations)
 
 
 def say(message: str) -> None:
@@ -255,14 +266,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__, train_config.USAGE, HELP, sep="\n")
         return 0
     try:
+        with refusals():
+            command = train_config.parse(argv)
+            if command.compile_topology:
+                return 0 if compile_topology(command.config, command.compile_topology, say=print) else 1
+        assert command.workdir is not None, "seen by parse"
         with stop_signals() as stopped:
             with refusals():
-                command = train_config.parse(argv)
-                if command.compile_topology:
-                    return 0 if compile_topology(command.config, command.compile_topology, say=print) else 1
                 cluster.join()
-            assert command.workdir is not None, "seen by parse"
-            result = train(command.config, command.workdir, stopped=stopped)
+            result = train(command.config, command.workdir, stopped=stopped, profile=command.profile)
             if cluster.is_first():
                 print(result)
     except (Refused, NotFinite, FailingSamples, WorkerDied, OSError) as error:

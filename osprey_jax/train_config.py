@@ -20,17 +20,20 @@ from osprey_jax.checkpoint import flatten
 from osprey_jax.cluster import is_first
 from osprey_jax.directories import as_path
 from osprey_jax.models.llama import REMAT_POLICIES
+from osprey_jax.profiler import Steps, parse_steps
 
 OF_THE_MACHINE = (
     "mesh.",
     "accumulation",
     "remat",
+    "patience",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
     "eval_every",
     "eval_batches",
+    "eval_samples",
     "data.root",
     "data.held_out",
     "data.tolerance",
@@ -42,7 +45,7 @@ OF_THE_MACHINE = (
 
 USAGE = (
     "usage: python -m osprey_jax.train --config=configs/tiny.py "
-    "(--workdir=DIR | --compile_topology=v5e-64) [--config.key=value …]"
+    "(--workdir=DIR [--profile=10:12] | --compile_topology=v5e-64) [--config.key=value …]"
 )
 
 
@@ -66,6 +69,7 @@ class Command(NamedTuple):
     workdir: Path | None
     compile_topology: str | None
     """Instead of training; one of the two is there."""
+    profile: Steps | None
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -77,7 +81,8 @@ def parse(argv: Sequence[str]) -> Command:
     argv = ["train", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "The run's directory.", flag_values=values)
-    flags.DEFINE_string("compile_topology", None, "A TPU slice to compile for.", flag_values=values)
+    flags.DEFINE_string("profile", None, "Steps to trace, FIRST or FIRST:LAST.", flag_values=values)
+    flags.DEFINE_string("compile_topology", None, "TPUs or GPUs to compile for.", flag_values=values)
     try:
         # It logs every override.
         logging.getLogger("absl").setLevel(logging.WARNING)
@@ -100,7 +105,9 @@ def parse(argv: Sequence[str]) -> Command:
     if rest or not keys or bool(values.workdir) == bool(values.compile_topology):
         raise ValueError(f"unexpected {' '.join(rest)}; {USAGE}" if rest else USAGE)
     check(config)
-    return Command(config, as_path(values.workdir) if values.workdir else None, values.compile_topology)
+    workdir = as_path(values.workdir) if values.workdir else None
+    profile = parse_steps(values.profile) if values.profile else None
+    return Command(config, workdir, values.compile_topology, profile)
 
 
 def check(config: ConfigDict) -> None:
@@ -114,9 +121,12 @@ def check(config: ConfigDict) -> None:
         "keep_every",
         "eval_every",
         "eval_batches",
+        "eval_samples",
         "weight_decay",
         "clip_norm",
         "seed",
+        "spike",
+        "patience",
     ):
         _require(config[key] >= 0, config, key, "must not be negative")
     _require(config.learning_rate > 0, config, "learning_rate", "must be positive")
@@ -133,7 +143,7 @@ def check(config: ConfigDict) -> None:
         _require(bool(config.data.held_out), config, "data.held_out", "must name data or eval_every be 0")
     for key in ("b1", "b2"):
         _require(0 < config[key] < 1, config, key, "must lie between 0 and 1")
-    for key in ("dtype", "frozen_dtype"):
+    for key in ("dtype", "frozen_dtype", "mu_dtype"):
         _require(config[key] in ("float32", "bfloat16"), config, key, "must be 'float32' or 'bfloat16'")
     remat = ("none", *REMAT_POLICIES)
     _require(config.remat in remat, config, "remat", f"must be one of {', '.join(remat)}")

@@ -19,11 +19,20 @@ from osprey_jax.prompt import SYSTEM_INFERENCE, SYSTEM_TRAINING, Tokenizer
 SYSTEMS = {"training": SYSTEM_TRAINING, "inference": SYSTEM_INFERENCE}
 
 
+class HeldOut(NamedTuple):
+    """A source that isn't trained on, and its first batches as training would have them."""
+
+    name: str
+    """As the configuration has it."""
+    source: Source
+    loader: Loader
+
+
 class Data(NamedTuple):
     """The data of a run."""
 
     training: Loader
-    held_out: Loader | None
+    held_out: tuple[HeldOut, ...]
     tokenizer: Tokenizer
     steps: int
 
@@ -46,6 +55,8 @@ def make_data(
         )
     if shared := {*settings.sources} & {*settings.held_out} - {"shapes"}:
         raise ValueError(f"config.data.held_out names what is trained on: {', '.join(sorted(shared))}")
+    if len({*settings.held_out}) < len(settings.held_out):
+        raise ValueError(f"config.data.held_out names a source twice: {', '.join(settings.held_out)}")
     if lacking := catalog.missing([*settings.sources, *settings.held_out], settings.root):
         listed = "".join(f"\n- {line}" for line in lacking)
         raise ValueError(f"data is missing under config.data.root, which is {settings.root!r}:{listed}")
@@ -61,8 +72,7 @@ def make_data(
             return Shapes(size=config.model.vision.image_size, split=split)
         return catalog.open_from_root(name, settings.root)
 
-    def loader(names: Sequence[str], split: str, **options: Any) -> Loader:
-        sources = [source(name, split) for name in names]
+    def loader(sources: Sequence[Source], **options: Any) -> Loader:
         for each in sources:
             if each.dropped:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in each.dropped.items())
@@ -86,7 +96,11 @@ def make_data(
 
     ends = {"num_steps": config.steps} if config.steps else {"epochs": config.epochs}
     ahead = {key: settings[key] for key in ("workers", "threads", "prefetch")}
-    training = loader(settings.sources, "train", weights=settings.weights or None, **ends, **ahead)
+    sources = [source(name, "train") for name in settings.sources]
+    training = loader(sources, weights=settings.weights or None, **ends, **ahead)
     assert training.num_steps is not None
-    held_out = loader(settings.held_out, "held_out", threads=1, prefetch=1) if settings.held_out else None
+    held_out = tuple(
+        HeldOut(name, one, loader([one], num_steps=config.eval_batches, threads=1, prefetch=1))
+        for name, one in ((name, source(name, "held_out")) for name in settings.held_out)
+    )
     return Data(training, held_out, tokenizer, training.num_steps)

@@ -15,6 +15,7 @@ from osprey_jax.batch import Batch
 from osprey_jax.checkpoint import load_params
 from osprey_jax.config import OspreyConfig
 from osprey_jax.loss import chunked_loss_sums
+from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey, apply, boxed_params, init_params
 from osprey_jax.optim import AdamW, TrainState, init_state, merge, partition
 from osprey_jax.typing import Array, Params
@@ -34,8 +35,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         mesh = sharding.make_mesh(**sizes, devices=devices)
     except ValueError as error:
         raise ValueError(f"{error}; override config.mesh, as in --config.mesh.fsdp=1") from error
-    shards = NamedSharding(mesh, sharding.partition_spec(("batch",))).num_devices // config.mesh.tensor
-    train_config.check_batch(config, shards=shards)
+    train_config.check_batch(config, shards=sharding.batch_shards(mesh))
     return mesh
 
 
@@ -45,7 +45,8 @@ def make_state(
     """How to create the first state, sharded, and its `jax.ShapeDtypeStruct`s with shardings."""
 
     def begin(params: Params) -> TrainState:
-        return init_state(params, config.trained, frozen_dtype=config.frozen_dtype)
+        dtypes = {"frozen_dtype": config.frozen_dtype, "mu_dtype": config.mu_dtype}
+        return init_state(params, config.trained, **dtypes)
 
     def init(key: Array) -> TrainState:
         return begin(init_params(model_config, key))
@@ -53,7 +54,9 @@ def make_state(
     places = sharding.param_shardings(boxed_params(model_config), mesh)
     trained, frozen = partition(places, config.trained)
     everywhere: Any = NamedSharding(mesh, sharding.partition_spec(()))
-    shardings = TrainState(step=everywhere, trained=trained, frozen=frozen, mu=trained, nu=trained)
+    shardings = TrainState(
+        step=everywhere, trained=trained, frozen=frozen, mu=trained, nu=trained, log_norm=everywhere
+    )
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(init, jax.random.key(0)),
@@ -70,6 +73,32 @@ def make_state(
         return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
     return create, abstract
+
+
+def abstract_batch(config: ConfigDict, model_config: OspreyConfig, mesh: Mesh) -> Batch:
+    """Shapes of the largest batch, placed as `batch.to_device` does."""
+    length, regions = max(config.data.buckets)
+    rows, images, vision = config.batch_size, config.data.images_per_row, model_config.vision
+    place = NamedSharding(mesh, sharding.partition_spec(("batch",)))
+
+    def array(dtype: str, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=place)
+
+    side, position = vision.image_size, model_config.extractor.position_size
+    ids = array("int32", length)
+    return Batch(
+        images=array("float32", images, side, side, 3),
+        masks=MaskPyramid(
+            levels=tuple(array("bool", images, regions, size, size) for size in vision.level_sizes),
+            position=array("float32", images, regions, position, position),
+        ),
+        input_ids=ids,
+        labels=ids,
+        loss_weights=array("float32", length),
+        positions=ids,
+        segment_ids=ids,
+        prefix_segment_ids=ids,
+    )
 
 
 def make_update(

@@ -27,16 +27,30 @@ LAYERS = (
         "cluster",
         "directories",
         "compilation_cache",
+        "gpu_targets",
         "ops",
     ),
     ("models", "sam"),
-    ("loss", "optim", "metrics", "checkpoint", "convert", "convert_rules", "torch_files", "generate"),
+    (
+        "loss",
+        "optim",
+        "metrics",
+        "flops",
+        "profiler",
+        "watchdog",
+        "checkpoint",
+        "convert",
+        "convert_rules",
+        "torch_files",
+        "generate",
+    ),
     ("vocabulary", "engine", "request"),
     ("recognize",),
     ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
     ("training_checkpoints", "train_config", "topologies", "hlo"),
     ("train_step", "train_data"),
-    ("compile_topology",),
+    ("answers",),
+    ("compile_topology", "training_summary", "evaluation"),
     ("train",),
     ("command_options",),
     ("describe", "label", "eval", "serve", "demo"),
@@ -45,7 +59,7 @@ LAYERS = (
 
 NUMPY_ONLY = ("config", "prompt", "image", "masks", "region_files", "region_lines", "figure")
 PIPELINES_MAY_USE = ("typing", "batch", *NUMPY_ONLY)
-MAY_USE_PIPELINES = ("train", "train_data", "eval", "label", "demo")
+MAY_USE_PIPELINES = ("train", "train_data", "answers", "evaluation", "eval", "label", "demo")
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 TORCH = {"torch", "torchvision", "transformers", "timm", "open_clip", "safetensors.torch"}
 MESH_NAMES = {"PartitionSpec"}

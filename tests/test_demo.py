@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,8 @@ from PIL import Image
 from data_pipelines.shapes import Shapes, short_description
 from osprey_jax import demo
 from osprey_jax.config import tiny
+from osprey_jax.engine import Prepared
+from osprey_jax.request import Decoding
 from tests.train.runs import SMALL
 
 
@@ -28,11 +29,8 @@ class Speaker:
     def describe(self, image: np.ndarray, masks: np.ndarray) -> list[str]:
         return [self.says(mask, place) for place, mask in enumerate(masks)]
 
-    def chat(self, image: np.ndarray, masks: np.ndarray, messages: Sequence[dict], **_: int) -> str:
+    def complete(self, prepared: Prepared, prompt: str, how: Decoding) -> str:
         return "Yes"
-
-    def generate(self, image: np.ndarray, masks: np.ndarray, prompt: str, **_: int) -> list[SimpleNamespace]:
-        return [SimpleNamespace(text="ring")]
 
 
 REGIONS = 60

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from osprey_jax import loss
 from osprey_jax.loss import loss_sums
 
 VOCAB, LENGTH = 37, 24
@@ -89,3 +90,46 @@ def test_logits_of_bfloat16_are_reduced_in_float32() -> None:
     found = ours(half, labels, weights)
     assert found.dtype == jnp.float32
     assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, LENGTH])
+def test_the_loss_in_chunks_and_its_gradients_equal_torchs(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 7 places, which divide neither length."""
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    rng = np.random.default_rng(3)
+    logits, labels, weights = batch()
+    if length == 1:
+        logits, labels, weights = (x[:, :1] for x in (logits, labels, weights))
+    hidden = rng.normal(size=(*labels.shape, 5)).astype(np.float32)
+    kernel = rng.normal(size=(5, VOCAB)).astype(np.float32)
+
+    def chunked(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        sums = loss.chunked_loss_sums(lambda x: x @ kernel, hidden, jnp.asarray(labels), jnp.asarray(weights))
+        return sums[0] / jnp.maximum(sums[1], 1)
+
+    found, gradients = jax.value_and_grad(chunked, argnums=(0, 1))(jnp.asarray(hidden), jnp.asarray(kernel))
+    leaves = [torch.from_numpy(x).requires_grad_() for x in (hidden, kernel)]
+    if length == 1:
+        assert float(found) == 0
+        return
+    expected = torch_mean(leaves[0] @ leaves[1], labels)
+    expected.backward()
+    assert float(found) == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        np.testing.assert_allclose(np.asarray(gradient), leaf.grad.numpy(), atol=1e-6)
+
+
+def test_no_float32_logits_of_the_whole_length_are_there() -> None:
+    """Neither in the forward pass nor among what it keeps for the backward one."""
+    rows, length, dim, vocab = 2, 2048, 8, 1000
+    hidden, kernel = jnp.zeros((rows, length, dim)), jnp.zeros((dim, vocab))
+    labels, weights = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length))
+
+    def total(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return loss.chunked_loss_sums(lambda x: x @ kernel, hidden, labels, weights)[0]
+
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, kernel).compile()
+    whole = rows * length * vocab * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 2

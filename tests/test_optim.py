@@ -162,3 +162,65 @@ def test_state_goes_through_a_checkpoints_arrays_unchanged() -> None:
     again = TrainState.from_arrays(arrays, ["decoder/bias"], step=state.step)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True))
+
+
+def test_first_moments_of_bfloat16_change_an_update_by_their_rounding_alone() -> None:
+    """Each update is that of torch's AdamW on moments rounded before it."""
+    gradients = [tree(seed) for seed in range(3)]
+    params = jax.tree.map(jnp.asarray, tree(9))
+    adamw = AdamW(peak_learning_rate=3e-3, warmup_steps=0, total_steps=1000, clip_norm=0.0)
+    state = init_state(params, [".*"], frozen_dtype="float32", mu_dtype="bfloat16")
+    for step, gradient in enumerate(gradients):
+        leaves = [torch.nn.Parameter(torch.tensor(np.array(x))) for x in jax.tree.leaves(state.trained)]
+        rate = float(adamw.learning_rate(jnp.int32(step)))
+        optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
+        moments = map(jax.tree.leaves, (gradient, state.mu, state.nu))
+        for leaf, own, moment, square in zip(leaves, *moments, strict=True):
+            leaf.grad = torch.from_numpy(own.copy())
+            optimizer.state[leaf] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.tensor(np.array(moment, np.float32)),
+                "exp_avg_sq": torch.tensor(np.array(square)),
+            }
+        optimizer.step()
+        state, _ = adamw.update(state, gradient)
+        assert {str(x.dtype) for x in jax.tree.leaves(state.mu)} == {"bfloat16"}
+        assert {str(x.dtype) for x in jax.tree.leaves((state.nu, state.trained))} == {"float32"}
+        for found, leaf in zip(jax.tree.leaves(state.trained), leaves, strict=True):
+            # Where parameter and update cancel, what is left has the rounding of what was there.
+            np.testing.assert_allclose(np.asarray(found), leaf.detach().numpy(), rtol=1e-6, atol=1e-8)
+
+
+def settled_run(adamw: AdamW, scales: list[float]) -> tuple[list[TrainState], list[dict]]:
+    """States and numbers after each of many updates with gradients of one norm, times these at the end."""
+    state = init_state(jax.tree.map(jnp.asarray, tree(0)), [".*"], frozen_dtype="float32")
+    update, states, numbers = jax.jit(adamw.update), [], []
+    for scale in [1.0] * 60 + scales:
+        state, found = update(state, jax.tree.map(lambda g, scale=scale: g * np.float32(scale), tree(1)))
+        states.append(state)
+        numbers.append({name: float(value) for name, value in found.items()})
+    return states, numbers
+
+
+@pytest.mark.parametrize("bad", [30.0, float("nan"), float("inf")])
+def test_skipped_updates_change_nothing_but_the_count(bad: float) -> None:
+    adamw = AdamW(peak_learning_rate=1e-3, warmup_steps=0, total_steps=99, spike=10.0, skip_spikes=True)
+    states, numbers = settled_run(adamw, [bad, 1.0])
+    before, left_out, after = states[-3:]
+    assert int(left_out.step) == int(before.step) + 1
+    for found, expected in zip(
+        *(jax.tree.leaves(x.replace(step=0)) for x in (left_out, before)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert [row["skipped"] for row in numbers[-3:]] == [0, 1, 0]
+    assert not np.array_equal(after.trained["vision"]["gamma"], left_out.trained["vision"]["gamma"])
+    if bad == 30.0:
+        assert numbers[-2]["spike"] == pytest.approx(30.0, rel=1e-4)
+
+
+def test_without_skipping_a_spike_is_told_and_taken() -> None:
+    adamw = AdamW(peak_learning_rate=1e-3, warmup_steps=0, total_steps=99, spike=10.0)
+    states, numbers = settled_run(adamw, [9.0, 30.0])
+    assert [row["spike"] > 0 for row in numbers[-3:]] == [False, False, True]
+    assert not any(row["skipped"] for row in numbers)
+    assert not np.array_equal(states[-1].trained["vision"]["gamma"], states[-2].trained["vision"]["gamma"])

@@ -60,7 +60,9 @@ class DepthwiseConv(nn.Module):
             "kernel", logical(init, "kernel_rows", "kernel_columns", "channels"), (7, 7, channels)
         )
         bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (channels,))
-        y = depthwise_conv(x, kernel.astype(self.dtype))
+        # Split over channels it would draw the images after it, and they are larger.
+        kernel = constrain(kernel.astype(self.dtype), (None, None, "activation_channels"))
+        y = depthwise_conv(x, kernel)
         return y + bias.astype(self.dtype)[None, None, None, :]
 
 
@@ -74,7 +76,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"], _: None = None) -> tuple[Array, None]:
         c = self.channels
-        y = DepthwiseConv(self.dtype, name="dwconv")(x)
+        # Its kernel is small: gathering that is cheaper than moving an image's channels apart and back.
+        y = constrain(
+            DepthwiseConv(self.dtype, name="dwconv")(x), ("batch", None, None, "activation_channels")
+        )
         y = LayerNorm(self.eps, name="norm")(y)
         y = Linear((c,), (4 * c,), ("channels", "channels_ffn"), dtype=self.dtype, name="fc1")(y)
         y = jax.nn.gelu(y, approximate=False)

@@ -267,6 +267,8 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in float32, whatever is computed in."""
+        # What comes in, and so its gradient, is split over the batch: logits stay where their rows are.
+        hidden = constrain(hidden, ("batch", None, "activation_embed"))
         return constrain(self.lm_head(hidden), ("batch", None, "activation_vocab"))
 
 

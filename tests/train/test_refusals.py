@@ -53,6 +53,11 @@ REFUSED: dict[str, tuple[dict, str]] = {
         {"data__sources": ("vg", "coco"), "data__held_out": ("coco",)},
         "config.data.held_out names what is trained on: coco",
     ),
+    "a source evaluated twice": (
+        {"data__held_out": ("shapes", "shapes")},
+        "config.data.held_out names a source twice: shapes, shapes",
+    ),
+    "fewer than no samples": ({"eval_samples": -1}, "config.eval_samples must not be negative, got -1"),
     "no share": ({"data__tolerance": 0.0}, "config.data.tolerance must be a share above 0, at most 1"),
     "no image in a row": (
         {"data__images_per_row": 0},
@@ -200,12 +205,14 @@ def test_a_model_without_its_runs_checkpoints_is_not_passed_off_as_this_runs(
         ("stage3", {"projector", "extractor", "decoder"}),
         ("osprey_chat", {"projector", "extractor", "decoder"}),
         ("tpu_v4", {"projector", "extractor", "decoder"}),
+        ("tpu_v5e:stage2", {"extractor"}),
     ],
 )
 def test_the_stages_train_their_parts_of_the_released_model_and_tell_what_data_to_get(
     name: str, parts: set[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = [f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path / 'run'}"]
+    file, colon, stage = name.partition(":")
+    arguments = [f"--config={ROOT / 'configs' / file}.py{colon}{stage}", f"--workdir={tmp_path / 'run'}"]
     config, *_ = train_config.parse(arguments)
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     _, state = train_step.make_state(config, from_config(config.model.to_dict()), mesh)
@@ -244,9 +251,10 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 def test_every_key_of_the_configuration_is_read_and_explained() -> None:
     config, *_ = train_config.parse([f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=x"])
     used = set()
-    for node in ast.walk(ast.parse((ROOT / "osprey_jax" / "train.py").read_text())):
-        used |= {node.attr} if isinstance(node, ast.Attribute) else set()
-        used |= {node.value} if isinstance(node, ast.Constant) else set()
+    for name in ("train", "train_data", "train_step", "evaluation"):
+        for node in ast.walk(ast.parse((ROOT / "osprey_jax" / f"{name}.py").read_text())):
+            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+            used |= {node.value} if isinstance(node, ast.Constant) else set()
     # The model is read whole, by `from_config`, and so is the mesh, by `make_mesh`.
     own = [key for key in keys(config) if not key.startswith(("model.", "mesh."))]
     assert len(own) > 20

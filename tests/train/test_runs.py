@@ -181,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_with_the_samples_and_is_not_saved(poison
 
 
 def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(poisoned: tuple) -> None:
-    config, workdir, _ = train_config.parse(poisoned[0])
+    config, workdir, *_ = train_config.parse(poisoned[0])
     create, _ = train_step.make_state(
         config, from_config(config.model.to_dict()), train_step.make_mesh(config)
     )
@@ -191,7 +191,9 @@ def test_frozen_parts_are_unchanged_and_have_no_optimizer_state(poisoned: tuple)
     assert {path for path in first if not np.array_equal(first[path], last[path])} == projector
     assert {path for path, leaf in last.items() if leaf.dtype == np.float32} == projector
     moments = leaves(workdir / "checkpoints" / "2" / "optimizer")
-    assert moments.keys() == {f"{moment}/{path}" for moment in ("mu", "nu") for path in projector}
+    assert moments.keys() - {"log_norm"} == {
+        f"{moment}/{path}" for moment in ("mu", "nu") for path in projector
+    }
 
 
 def test_a_run_begins_with_the_parameters_sizes_and_tokenizer_of_a_checkpoint(

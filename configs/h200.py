@@ -1,0 +1,18 @@
+"""One NVIDIA H200 of 141 GB: stage 3, or the stage behind a colon.
+
+    python -m osprey_jax.train --config=configs/h200.py:stage2 --workdir=runs/stage2 \
+        --config.init_from=runs/stage1 --config.data.root=DATA
+
+Data: as in the stage's own file.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.pods import on_pod
+
+
+def get_config(stage: str = "stage3") -> ConfigDict:
+    """The original's batches; stage 1's is computed in parts."""
+    config = on_pod(stage, chips=1, batch_size=4)
+    config.accumulation = config.batch_size // 4
+    return config
