@@ -68,6 +68,8 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 500
     # The newest ones that stay. With one alone nothing could stand in for a damaged one.
     config.keep_checkpoints = 3
+    # In updates: the checkpoints of these steps stay beside the newest ones, for good; 0 for none.
+    config.keep_every = 0
     # The loss of so many batches of each source of `data.held_out`, which stay in memory; 0 for none.
     config.eval_every = 0
     config.eval_batches = 8

@@ -285,6 +285,29 @@ class Loader(Iterator[tuple[Batch, list[str]]]):
         self.close()
         self._step, self._at = values["step"], (values["place"], values["taken"])
 
+    def set_states(self, states: Sequence[bytes]) -> str:
+        """`set_state` from those of all hosts, in their order, who may have been another number of hosts.
+
+        These hosts have been the same number of steps along the same order, so the next one is where all
+        have been. Where they have skipped samples or filled rows with several, they were not side by side:
+        then nothing comes twice, but what only some of them had reached is left out, and the answer, which is
+        empty otherwise, says so.
+        """
+        host, hosts = self._identity["host"], self._identity["num_hosts"]
+        if len(states) == hosts:
+            self.set_state(states[host])
+            return ""
+        found = [json.loads(state) for state in states]
+        rows = self._identity["batch_size"] // len(found)
+        batches = [(each["place"] + bool(each["taken"])) / rows for each in found]
+        place = math.ceil(max(batches)) * self._rows
+        identity = found[0]["identity"] | {"host": host, "num_hosts": hosts}
+        state = found[0] | {"place": place, "taken": 0, "identity": identity}
+        self.set_state(json.dumps(state).encode())
+        if self._identity["share_image"] == 1 and len({*batches}) == 1 and batches[0].is_integer():
+            return ""
+        return f"{len(found)} hosts were not at the same sample, {hosts} go on behind the last of them"
+
     def close(self) -> None:
         """Ends threads and workers; the next batch would start them again."""
         if self._iterator is not None:

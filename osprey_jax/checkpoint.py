@@ -317,7 +317,12 @@ def save_trees(directory: Path, trees: Mapping[str, Params]) -> list[Any]:
 def load_tree(directory: Path, target: Params) -> Params:
     """Reads a tree into `jax.ShapeDtypeStruct` leaves, those without a sharding to the first local device."""
     check_index(directory)
-    return ocp.load(directory, _placed(target))
+    context = ocp.Context()
+    # Each process reads for itself. Where one fails, the others would wait minutes for it.
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.primary_host = jax.process_index()
+    with context:
+        return ocp.load(directory, _placed(target))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

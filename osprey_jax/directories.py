@@ -49,6 +49,18 @@ def remove(path: Path) -> None:
     epath.Path(path).rmtree(missing_ok=True)
 
 
+def persist(directory: Path, *, deep: bool = True) -> None:
+    """Makes a directory outlive a loss of power, by default with all that is in it, if it is on a disk."""
+    if "://" in str(directory):
+        return
+    for path in [*(directory.rglob("*") if deep else ()), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def synchronise(name: str) -> None:
     """Waits until every process has come here; `name` tells the places apart."""
     if jax.process_count() > 1:

@@ -1,6 +1,7 @@
 """Where a training's numbers go: a line of JSON for each step, TensorBoard's event files, a progress line."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -73,6 +74,10 @@ class Metrics:
         self._board.flush()
         if not self._appends:
             _replace(self._path, self._lines)
+        elif self._path.exists():
+            # A checkpoint that outlives a loss of power must not be ahead of what is told of its steps.
+            with self._path.open("a") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Flushes, and ends the progress line."""
@@ -99,6 +104,25 @@ class Metrics:
         # One line that is overwritten, or, in a file, lines to read.
         start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
         print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+
+
+class Unheard(Metrics):
+    """Those of a process beside the first, whose numbers are the first's: nothing is written."""
+
+    def __init__(self, workdir: Path, *, step: int, steps: int, every: int, peak: float | None = None):
+        pass
+
+    def evaluated(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        """Does nothing."""
+
+    def write(self, step: int, values: Mapping[str, float], *, samples: int, operations: int = 0) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def _kept_lines(path: Path, step: int) -> list[str]:

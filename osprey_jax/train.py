@@ -8,6 +8,12 @@ checkpoint. SIGTERM and Ctrl-C save and stop; the same command goes on from ther
 newest whole checkpoint, with the losses it would have had anyway. Exit status: 0 trained or stopped, 1 failed
 on the way, 2 refused to begin.
 
+On several hosts the same command is started on each, with one DIR that all of them see: Cloud TPU, srun and
+mpirun tell the processes of each other, elsewhere JAX_COORDINATOR_ADDRESS=HOST:PORT of the first,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Each reads its own share of every batch. A signal to one stops all
+after the same step; when one dies the others end, after 100 seconds at the latest, with an error. The number
+of processes may be another at the next start.
+
     python -m osprey_jax.train --config=configs/tpu_v4.py --compile_topology=v4-32
 
 compiles the step for TPUs that needn't be here (pip install libtpu), tells what a chip would hold and send,
@@ -34,21 +40,21 @@ from ml_collections import ConfigDict
 
 from data_pipelines.pipeline import FailingSamples
 from data_pipelines.watched import ABANDONED, WorkerDied
-from osprey_jax import sharding, train_config
+from osprey_jax import cluster, sharding, train_config
 from osprey_jax.batch import to_device
 from osprey_jax.checkpoint import first_line, load_config, save_params
 from osprey_jax.compile_topology import compile_topology
 from osprey_jax.config import from_config
 from osprey_jax.directories import as_path
 from osprey_jax.evaluation import Evaluator
-from osprey_jax.metrics import Metrics
+from osprey_jax.metrics import Metrics, Unheard
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.profiler import Profiler, Steps
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.train_data import make_data
 from osprey_jax.train_step import make_mesh, make_state, make_update
-from osprey_jax.training_checkpoints import TrainingCheckpoints, saved_steps
+from osprey_jax.training_checkpoints import TrainingCheckpoints, kept, saved_steps
 from osprey_jax.training_summary import mesh_peak, model_flops, summary
 from osprey_jax.typing import Array
 from osprey_jax.watchdog import Watchdog
@@ -77,6 +83,7 @@ def train(
     with refusals():
         # Devices, data and model.
         mesh = make_mesh(config)
+        cluster.check_mesh(mesh)
         origin = None
         if config.init_from:
             # Its own checkpoints have its sizes and its tokenizer, too, and may have outlived it.
@@ -104,6 +111,7 @@ def train(
         checkpoints = TrainingCheckpoints(
             workdir / "checkpoints",
             keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
             config=model_config,
             tokenizer=data.tokenizer,
             lora=lora,
@@ -117,19 +125,24 @@ def train(
         export = workdir / "export"
         if restored is None or restored.step < data.steps or not export.exists():
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-            saved, keep = len(checkpoints.steps()), config.keep_checkpoints
-            train_config.check_space(workdir, checkpoint_bytes=size, keep=keep, saved=saved)
+            there, every = checkpoints.steps(), config.checkpoint_every
+            begin = there[-1] - there[-1] % every if there else 0
+            all_steps = [*there, *range(begin + every, data.steps, every), data.steps]
+            stay = kept(all_steps, keep=config.keep_checkpoints, every=config.keep_every)
+            train_config.check_space(workdir, checkpoint_bytes=size, stay=len(stay), saved=len(there))
         if restored is None:
             step, state = 0, create()
         else:
             step = restored.step
             count = jax.device_put(np.int32(step), abstract.step.sharding)
             state = TrainState.from_arrays(restored.arrays, config.trained, step=count)
-            data.training.set_state(restored.loader_state)
+            if lost := data.training.set_states(restored.loader_states):
+                say(f"warning: {lost}")
 
     peak, operations = mesh_peak(mesh), model_flops(model, state)
     for line in summary(state, mesh, config, operations=operations, step=step, steps=data.steps):
-        say(line)
+        if cluster.is_first():
+            say(line)
     # The next state lies where the last one did, so that one program serves all steps.
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     update = make_update(model, optimizer, accumulation=config.accumulation)
@@ -137,7 +150,9 @@ def train(
     evaluate = None
     if config.eval_every and step < data.steps:
         evaluate = Evaluator(model, data, mesh, config, report=say)
-    metrics = Metrics(workdir, step=step, steps=data.steps, every=config.log_every, peak=peak)
+    metrics = (Metrics if cluster.is_first() else Unheard)(
+        workdir, step=step, steps=data.steps, every=config.log_every, peak=peak
+    )
     watchdog, profiler = Watchdog(config.patience, say), Profiler(profile, workdir / "tensorboard", say)
     with sharding.use_mesh(mesh), contextlib.ExitStack() as stack:
         for each in (metrics, data.training, checkpoints, profiler, watchdog):
@@ -150,13 +165,15 @@ def train(
             metrics.flush()
             checkpoints.save(step, state.to_arrays(), data.training.get_state())
 
-        saved, running = step, None
+        saved, running, stop = step, None, cluster.Stop(mesh, stopped)
         failure: Exception | None = None
-        while step < data.steps and not stopped():
+        while step < data.steps and not stop():
             watchdog.at(f"waiting for the data of step {step + 1}")
             try:
                 batch, sample_ids = next(data.training)
             except (FailingSamples, WorkerDied) as error:
+                if cluster.is_several():
+                    raise  # the others are a step ahead, so there is nothing that all could save
                 failure = error
                 break
             watchdog.at(f"step {step + 1}")
@@ -186,7 +203,8 @@ def train(
     if failure is not None and not stopped():
         raise failure
     if step < data.steps:
-        return f"stopped by {stopped()} after step {step}; the same command goes on from there"
+        why = stopped() or "another process"
+        return f"stopped by {why} after step {step}; the same command goes on from there"
     if not export.exists():
         try:
             save_params(export, state.params, model_config, data.tokenizer, lora=lora)
@@ -256,18 +274,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0 if compile_topology(command.config, command.compile_topology, say=print) else 1
         assert command.workdir is not None, "seen by parse"
         with stop_signals() as stopped:
-            print(train(command.config, command.workdir, stopped=stopped, profile=command.profile))
+            with refusals():
+                cluster.join()
+            result = train(command.config, command.workdir, stopped=stopped, profile=command.profile)
+            if cluster.is_first():
+                print(result)
     except (Refused, NotFinite, FailingSamples, WorkerDied, OSError) as error:
         # One line, but for what is listed.
         lines = re.split(r"\n(?=[-+!] )", str(error))
         print("error:", "\n".join(" ".join(line.split()) for line in lines), file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
+    except jax.errors.JaxRuntimeError as error:
+        if not cluster.is_several():
+            raise
+        print(f"error: computing with the other processes failed: {first_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
     status = main()
-    if ABANDONED:
+    if ABANDONED or (status and cluster.is_several()):  # the others may be waiting for what never comes
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

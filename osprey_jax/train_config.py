@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import base
 from osprey_jax.checkpoint import flatten
+from osprey_jax.cluster import is_first
 from osprey_jax.directories import as_path
 from osprey_jax.lora import Lora
 from osprey_jax.models.llama import REMAT_POLICIES
@@ -30,6 +31,7 @@ OF_THE_MACHINE = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
     "eval_every",
     "eval_batches",
     "eval_samples",
@@ -117,6 +119,7 @@ def check(config: ConfigDict) -> None:
     for key in (
         "steps",
         "epochs",
+        "keep_every",
         "eval_every",
         "eval_batches",
         "eval_samples",
@@ -136,6 +139,8 @@ def check(config: ConfigDict) -> None:
     _require(
         (config.steps > 0) != (config.epochs > 0), config, "steps", f"or epochs ({config.epochs}) must be 0"
     )
+    whole = config.keep_every % config.checkpoint_every == 0
+    _require(whole, config, "keep_every", f"must be a multiple of checkpoint_every {config.checkpoint_every}")
     if config.eval_every:
         _require(config.eval_batches >= 1, config, "eval_batches", "must be at least 1 or eval_every 0")
         _require(bool(config.data.held_out), config, "data.held_out", "must name data or eval_every be 0")
@@ -220,6 +225,8 @@ def claim(workdir: Path, config: ConfigDict, *, saved: int) -> None:
         raise ValueError(
             f"{workdir / 'export'} is a trained model, but its run's checkpoints are gone: move it away first"
         )
+    if not is_first():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(".train_config.json.incomplete")
@@ -229,24 +236,24 @@ def claim(workdir: Path, config: ConfigDict, *, saved: int) -> None:
         raise ValueError(f"cannot write to {workdir}: {error.strerror or error}") from error
 
 
-def check_space(workdir: Path, *, checkpoint_bytes: int, keep: int, saved: int) -> None:
+def check_space(workdir: Path, *, checkpoint_bytes: int, stay: int, saved: int) -> None:
     """Raises ValueError where there is no room for the checkpoints that are still to be written.
 
     Args:
       workdir: of the run; one on a remote store has room.
       checkpoint_bytes: what one checkpoint takes.
-      keep: how many stay.
+      stay: how many there are at the end.
       saved: how many there are already.
     """
     if "://" in str(workdir):
         return
     # A new one is complete before the oldest goes; the exported model comes on top.
-    needed = checkpoint_bytes * max(keep + 2 - saved, 1)
+    needed = checkpoint_bytes * max(stay + 2 - saved, 1)
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise ValueError(
             f"no space for checkpoints: {workdir} has {_size(free)} free, needed are {_size(needed)} "
-            f"({_size(checkpoint_bytes)} each, of which config.keep_checkpoints {keep} stay)"
+            f"({_size(checkpoint_bytes)} each, of which {stay} stay: config.keep_checkpoints, keep_every)"
         )
 
 

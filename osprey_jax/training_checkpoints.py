@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from osprey_jax import cluster
 from osprey_jax.checkpoint import damage_named, first_line, flatten, load_tree, save_trees, write_description
 from osprey_jax.config import OspreyConfig
-from osprey_jax.directories import as_path, remove, synchronise
+from osprey_jax.directories import as_path, persist, remove, synchronise
 from osprey_jax.lora import Lora
 from osprey_jax.prompt import Tokenizer
 from osprey_jax.typing import Params
@@ -27,22 +28,31 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
+def kept(steps: Sequence[int], *, keep: int, every: int) -> list[int]:
+    """The steps whose checkpoints stay: the `keep` newest, and the multiples of `every`, if that isn't 0."""
+    return [step for step in steps if step in steps[-keep:] or (every and step % every == 0)]
+
+
 class Restored(NamedTuple):
     """What a training goes on from."""
 
     step: int
     arrays: dict[str, Any]
     """Trees of arrays by name, as they were given to `save`."""
-    loader_state: bytes
+    loader_states: list[bytes]
+    """Of every process that saved, in their order."""
 
 
 class TrainingCheckpoints:
-    """The checkpoints of a run: a directory named by its step for each, the newest ones kept.
+    """The checkpoints of a run: a directory named by its step for each; `kept` tells which stay.
 
     Each is a checkpoint like any other, for `load_params` or the converter, and has beside `params/` the
     trees of arrays that a training needs (Orbax), every process's `loader/<process>`, and
     `manifest.json`, written last, with a checksum of every leaf and file. A directory whose save was cut off
-    has another name.
+    has another name; it gets the final one when all of it is on the disk, so a loss of power leaves no more
+    than a kill.
+
+    Every process calls every method at the same point of its work; `directory` is one that all see.
     """
 
     def __init__(
@@ -50,12 +60,13 @@ class TrainingCheckpoints:
         directory: os.PathLike | str,
         *,
         keep: int,
+        keep_every: int = 0,
         config: OspreyConfig,
         tokenizer: Tokenizer,
         lora: Lora | None = None,
     ):
-        """`directory` need not exist; `keep` is how many checkpoints stay; the rest goes into each."""
-        self.directory, self._keep = as_path(directory), keep
+        """`directory` need not exist; `keep` and `keep_every` as in `kept`; the rest goes into each."""
+        self.directory, self._keep, self._keep_every = as_path(directory), keep, keep_every
         self._config, self._tokenizer, self._lora = config, tokenizer, lora
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -76,32 +87,47 @@ class TrainingCheckpoints:
         """
         self.wait()
         partial = self.directory / f".{step}.incomplete"
-        if jax.process_index() == 0:
-            remove(partial)
-            (partial / "loader").mkdir(parents=True)
-        synchronise(f"made {partial}")
-        (partial / "loader" / str(jax.process_index())).write_bytes(loader_state)
-        sums = _checksums(arrays)
-        responses = save_trees(partial, arrays)
+        with self._unwritable(step):
+            if cluster.is_first():
+                remove(partial)
+                (partial / "loader").mkdir(parents=True)
+            synchronise(f"made {partial}")
+            (partial / "loader" / str(jax.process_index())).write_bytes(loader_state)
+            sums = _checksums(arrays)
+            responses = save_trees(partial, arrays)
 
         def commit() -> None:
-            try:
+            with self._unwritable(step):
                 # Each ends with a barrier of all processes, so afterwards everything of everyone is there.
                 for response in responses:
                     response.result()
-                if jax.process_index() == 0:
+                if cluster.is_first():
                     write_description(partial, self._config, self._tokenizer, lora=self._lora)
                     _write_manifest(partial, sums)
+                    persist(partial)
                     partial.rename(self.directory / str(step))
-                    for old in self.steps()[: -self._keep]:
-                        hidden = (self.directory / str(old)).rename(self.directory / f".{old}.incomplete")
-                        remove(hidden)
-            except Exception as error:
-                with contextlib.suppress(OSError):
-                    remove(partial)
-                raise OSError(f"cannot write {self.directory / str(step)}: {first_line(error)}") from error
+                    persist(self.directory, deep=False)
+                    self._remove_old()
 
         self._pending = self._thread.submit(commit)
+
+    def _remove_old(self) -> None:
+        steps = self.steps()
+        stay = kept(steps, keep=self._keep, every=self._keep_every)
+        for old in sorted({*steps} - {*stay}):
+            # Half of a directory must not pass for a checkpoint.
+            remove((self.directory / str(old)).rename(self.directory / f".{old}.incomplete"))
+
+    @contextlib.contextmanager
+    def _unwritable(self, step: int) -> Iterator[None]:
+        """Makes what prevents a save an OSError that names the checkpoint, and leaves nothing of it."""
+        try:
+            yield
+        except Exception as error:
+            if cluster.is_first():
+                with contextlib.suppress(OSError):
+                    remove(self.directory / f".{step}.incomplete")
+            raise OSError(f"cannot write {self.directory / str(step)}: {first_line(error)}") from error
 
     def wait(self) -> None:
         """Returns when nothing is being written any more. Raises OSError where the last save failed."""
@@ -117,21 +143,24 @@ class TrainingCheckpoints:
     def restore(self, step: int, targets: Mapping[str, Params]) -> Restored:
         """Reads a checkpoint into trees of `jax.ShapeDtypeStruct` with shardings, and checks every checksum.
 
-        Raises ValueError that names the directory and what is wrong with it.
+        Raises ValueError that names the directory and what is wrong with it, in every process if it does in
+        one.
         """
         directory = self.directory / str(step)
         with damage_named(directory):
-            manifest = json.loads((directory / "manifest.json").read_text())
-            for name, crc in manifest["files"].items():
-                if zlib.crc32((directory / name).read_bytes()) != crc:
-                    raise ValueError(f"{name} has changed since it was written")
-            loader_state = (directory / "loader" / str(jax.process_index())).read_bytes()
-            for name in targets:
+            with _together():
+                manifest = json.loads((directory / "manifest.json").read_text())
+                for name, crc in manifest["files"].items():
+                    if zlib.crc32((directory / name).read_bytes()) != crc:
+                        raise ValueError(f"{name} has changed since it was written")
+                loaders = sorted((directory / "loader").iterdir(), key=lambda path: int(path.name))
+                loader_states = [path.read_bytes() for path in loaders]
+                expected = manifest["arrays"]
                 arrays = {name: load_tree(directory / name, tree) for name, tree in targets.items()}
-            found, expected = _flat_checksums(_checksums(arrays)), manifest["arrays"]
+            found = _flat_checksums(_checksums(arrays))
             if changed := sorted(path for path in expected if found.get(path) != expected[path]):
                 raise ValueError(f"{', '.join(changed[:3])} differ from what was written")
-        return Restored(step, arrays, loader_state)
+        return Restored(step, arrays, loader_states)
 
     def restore_newest(
         self, targets: Mapping[str, Params], *, report: Callable[[str], None]
@@ -142,14 +171,15 @@ class TrainingCheckpoints:
         `report` is told. Raises ValueError where all are damaged, and then moves none.
         """
         faults: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        # What one process doesn't see, as may be where files are shared by a network, none can restore.
+        while (step := cluster.least(max((s for s in self.steps() if s not in faults), default=-1))) >= 0:
             try:
                 restored = self.restore(step, targets)
             except ValueError as error:
                 faults[step] = str(error)
                 continue
             for damaged, fault in faults.items():
-                if jax.process_index() == 0:
+                if cluster.is_first():
                     aside = self.directory / f"{damaged}.damaged"
                     remove(aside)
                     (self.directory / str(damaged)).rename(aside)
@@ -165,10 +195,22 @@ class TrainingCheckpoints:
 
     def clean_up(self) -> None:
         """Removes what saves that were cut off have left behind."""
-        if jax.process_index() == 0 and self.directory.is_dir():
+        if cluster.is_first() and self.directory.is_dir():
             for path in self.directory.iterdir():
                 if path.name.startswith(".") and path.name.endswith(".incomplete"):
                     remove(path)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Makes what fails in one process fail in all of them, which would wait for it in what comes next."""
+    try:
+        yield
+    except Exception:
+        cluster.all_of(False)
+        raise
+    if not cluster.all_of(True):
+        raise ValueError("another process can't read it")
 
 
 def _write_manifest(directory: Path, sums: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ LAYERS = (
         "lora",
         "sharding",
         "batch",
+        "cluster",
         "directories",
         "compilation_cache",
         "gpu_targets",

@@ -64,7 +64,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     save(run(tmp_path / "checkpoints"), 7, 11)
     restored = run(tmp_path / "checkpoints").restore_newest(structs(), report=no_report)
     assert restored is not None
-    assert (restored.step, restored.loader_state) == (11, b"place 11")
+    assert (restored.step, restored.loader_states) == (11, [b"place 11"])
     assert_equal(restored.arrays, arrays(11))
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
     checkpoints, told = run(tmp_path / "run"), []
     restored = checkpoints.restore_newest(structs(), report=told.append)
     assert restored is not None
-    assert (restored.step, restored.loader_state) == (20, b"place 20")
+    assert (restored.step, restored.loader_states) == (20, [b"place 20"])
     assert_equal(restored.arrays, arrays(20))
     (message,) = told
     assert f"{tmp_path / 'run' / '30'} is damaged: " in message

@@ -32,7 +32,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts the command on so many fake devices; programs are compiled once for all processes, and fast."""
+    """Starts the command on so many fake devices; programs are compiled once for all processes, and fast.
+
+    Further keywords are environment variables.
+    """
     environment = dict(os.environ)
     environment["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         tmp_path_factory.mktemp("cache")
@@ -41,11 +44,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     processes = []
 
-    def started(arguments: list[str], *, devices: int = 1, flags: str = QUICKLY) -> subprocess.Popen:
-        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    def started(
+        arguments: list[str], *, devices: int = 1, flags: str = QUICKLY, **variables: str
+    ) -> subprocess.Popen:
+        own = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}", **variables}
         line = [sys.executable, "-m", "osprey_jax.train", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(line, cwd=ROOT, env=environment, **pipes))
+        processes.append(subprocess.Popen(line, cwd=ROOT, env=environment | own, **pipes))
         return processes[-1]
 
     yield started

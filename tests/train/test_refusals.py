@@ -29,6 +29,10 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "empty batch": ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
     "half a float": ({"dtype": "float16"}, "config.dtype must be 'float32' or 'bfloat16', got 'float16'"),
     "steps and epochs": ({"epochs": 1.0}, "config.steps or epochs (1.0) must be 0, got 50"),
+    "keeping what is never saved": (
+        {"keep_every": 7},
+        "config.keep_every must be a multiple of checkpoint_every 5, got 7",
+    ),
     "odd batch": ({"accumulation": 3}, "config.batch_size 8 doesn't divide by 3: 1 shards on the devices"),
     "batch over devices": ({"batch_size": 12, "mesh__data": 8}, "config.batch_size 12 doesn't divide by 8"),
     "too many devices": (
@@ -163,6 +167,8 @@ def test_a_full_disk_is_refused_before_the_first_step(
     assert re.match(
         rf"no space for checkpoints: {tmp_path}/run has 0.3 MB free, needed are \d\.\d MB", refused
     )
+    # 10, 20, 30, 40 and, as the newest, 45 and 50.
+    assert "of which 6 stay" in refusal(command(tmp_path / "run", keep_checkpoints=2, keep_every=10), capsys)
 
 
 def test_what_an_interrupted_save_left_takes_no_space(

@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,20 +97,3 @@ def test_the_newest_checkpoints_stay_and_nothing_incomplete_does(finished: tuple
     for workdir in (finished[0], disturbed[0]):
         names = {path.name for path in (workdir / "checkpoints").iterdir() if "damaged" not in path.name}
         assert names == {"40", "45", "50"}
-
-
-@pytest.mark.slow
-def test_ten_kills_at_random_moments_change_no_loss(command: Command, start: Start, tmp_path: Path) -> None:
-    """With programs compiled as usual, in steps, saves, restores and whatever else there is."""
-    workdir, rng = tmp_path / "killed", np.random.default_rng()
-    finish(start(command(tmp_path / "whole"), flags=""))
-    for number in range(10):
-        process, before = start(command(workdir), flags=""), steps(workdir)
-        # After the first rows of this start, or long before there are any.
-        if number % 3:
-            wait_until(lambda before=before: steps(workdir) not in (0, before), process)
-        time.sleep(rng.uniform(0.0, 1.0 if number % 3 else 8.0))
-        process.kill()
-        process.communicate()
-    finish(start(command(workdir), flags=""))
-    assert learned(workdir) == learned(tmp_path / "whole")
