@@ -1,7 +1,7 @@
 """The two parameterised layers that every part of the model is made of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,35 @@ def constrain(x: Array, axes: Sequence[str | None]) -> Array:
     if any(axis == "batch" and size % parts for axis, size in zip(axes, x.shape, strict=True)):
         axes = [None if axis == "batch" else axis for axis in axes]
     return nn.with_logical_constraint(x, tuple(axes))
+
+
+def on_shards(
+    function: Callable[..., Array],
+    *args: Array,
+    axes: Sequence[Sequence[str | None]],
+    out: Sequence[str | None],
+) -> Array:
+    """Runs `function` on each device's part of `args`, for kernels, which no compiler splits.
+
+    `axes` are the arguments' logical axes, `out` those of the result. Where some size doesn't divide over
+    mesh axes, whatever these would split stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*args)
+    specs: list[Any] = [nn.logical_to_mesh_axes(names) for names in (*axes, out)]
+
+    def parts(entry: str | tuple[str, ...]) -> int:
+        return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry))
+
+    whole = {
+        entry
+        for x, spec in zip(args, specs, strict=False)
+        for size, entry in zip(x.shape, spec, strict=True)
+        if entry and size % parts(entry)
+    }
+    *ins, result = (type(spec)(*(None if e in whole else e for e in spec)) for spec in specs)
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(ins), out_specs=result, check_vma=False)(*args)
 
 
 def logical(init: nn.initializers.Initializer, *axes: str | None) -> nn.initializers.Initializer:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from osprey_jax.config import DecoderConfig
 from osprey_jax.lora import Lora
-from osprey_jax.models.layers import Linear, RMSNorm, constrain, logical
+from osprey_jax.models.layers import Linear, RMSNorm, constrain, logical, on_shards
 from osprey_jax.ops.attention import attention, visibility
+from osprey_jax.ops.flash import flash_attention, suits
 from osprey_jax.ops.rotary import apply_rotary
 from osprey_jax.typing import Array, Bool, Float, Int
 
@@ -108,10 +109,17 @@ class SelfAttention(nn.Module):
         before = None
         if prefix is not None and place.prefix_mask is not None:
             before = prefix[0].astype(q.dtype), prefix[1].astype(q.dtype), place.prefix_mask
-        in_order = bool(place.in_order)
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), place.mask, prefix=before, in_order=in_order)
-        axes = ("heads", "head_dim", "embed")
-        return linear(heads, dim, axes, name="o_proj")(out), kv
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        if kv is None and before is None and suits(q):
+            rows, keys = (
+                ("batch", None, "activation_heads", None),
+                ("batch", "activation_kv_heads", None, None),
+            )
+            axes = (rows, keys, keys, ("batch", None, None))
+            out = on_shards(flash_attention, q, k, v, place.mask, axes=axes, out=rows)
+        else:
+            out = attention(q, k, v, place.mask, prefix=before, in_order=bool(place.in_order))
+        return linear(heads, dim, ("heads", "head_dim", "embed"), name="o_proj")(out), kv
 
 
 class FeedForward(nn.Module):
