@@ -54,7 +54,11 @@ def count(jaxpr: core.Jaxpr) -> int:
             inner = math.prod(kernel) // kernel[outputs]
             total += 2 * inner * math.prod(_shape(equation.outvars[0]))
         parts = [count(part) for part in _programs(equation.params.values())]
-        times = equation.params["length"] if name == "scan" else 1
+        times = 1
+        if name == "scan":
+            times = equation.params["length"]
+        elif name == "shard_map":  # what each device does
+            times = equation.params["mesh"].size
         total += times * (max(parts, default=0) if name == "cond" else sum(parts))
     return total
 

@@ -97,8 +97,7 @@ def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Makes the models' logical constraints on activations hold on `mesh` for what is traced inside."""
-    split = [(name, axes) for name, axes in rules.items() if axes is not None]
-    with jax.set_mesh(mesh), nn.logical_axis_rules(split):
+    with jax.set_mesh(mesh), nn.logical_axis_rules([*rules.items()]):
         yield
 
 

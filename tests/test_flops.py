@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from osprey_jax import flops
+from osprey_jax import flops, sharding
 from osprey_jax.config import DecoderConfig
 from osprey_jax.models.llama import Llama
 
@@ -30,6 +30,12 @@ def test_loops_count_as_often_as_they_run_and_of_branches_the_dearest() -> None:
 
     assert counted(loop, x) == 6 * 2 * 4**3
     assert counted(branch, x) == 2 * 2 * 4**3
+
+
+def test_what_each_device_does_counts_for_all_of_them() -> None:
+    with sharding.use_mesh(sharding.make_mesh(data=8)):
+        split = jax.shard_map(lambda x: x @ x.T, in_specs=jax.P("data"), out_specs=jax.P("data"))
+        assert counted(split, jnp.zeros((16, 4))) == 8 * 2 * 2 * 2 * 4
 
 
 def test_a_convolution_with_groups_multiplies_each_group_alone() -> None:

@@ -19,10 +19,13 @@ from osprey_jax.typing import Array, Params
 def constrain(x: Array, axes: Sequence[str | None]) -> Array:
     """Names an activation's logical axes; where there is a mesh, it is split as the rules say.
 
-    A batch that doesn't divide over the mesh, such as a single image, stays whole.
+    A batch that doesn't divide over the mesh, such as a single image, stays whole. Raises ValueError for a
+    name that the rules lack.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    over = dict(nn.get_logical_axis_rules()).get("batch") or ()
+    sizes, rules = jax.sharding.get_abstract_mesh().shape, dict(nn.get_logical_axis_rules())
+    if rules and (unknown := [axis for axis in axes if axis is not None and axis not in rules]):
+        raise ValueError(f"no sharding rule for the logical axes {unknown} of an activation's {tuple(axes)}")
+    over = rules.get("batch") or ()
     parts = math.prod(sizes.get(name, 1) for name in over)
     if any(axis == "batch" and size % parts for axis, size in zip(axes, x.shape, strict=True)):
         axes = [None if axis == "batch" else axis for axis in axes]
