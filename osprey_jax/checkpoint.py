@@ -3,15 +3,15 @@
 A checkpoint is a directory of `config.json` (`OspreyConfig`), `params/` (Orbax) and `tokenizer.model` or
 `tokenizer.json`; one that a training saves on its way has the rest of the training's state beside that. It
 is complete or it isn't there: everything is written to a sibling directory first, which takes the final name
-at the end. A quantised one says so in `config.json`, under `quantization`, one with adapters under `lora`; its
-adapters are merged as it is read. No other module knows Orbax.
+at the end. A quantised one says so in `config.json`, under `quantization`, one with adapters under `lora`,
+and they are merged as it is read. No other module knows Orbax.
 """
 
 import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -46,8 +46,8 @@ def save_params(
 ) -> None:
     """Writes a checkpoint with every leaf in its own dtype. Raises ValueError where `directory` exists.
 
-    `quantization` names the scheme (`quantize.SCHEMES`) of quantised parameters. Adapters, which `lora` tells, are
-    merged (`lora.merge_adapters`), so that the checkpoint is like any other.
+    `quantization` names the scheme (`quantize.SCHEMES`) of quantised parameters. Adapters, which `lora`
+    tells, are merged (`lora.merge_adapters`), so that the checkpoint is like any other.
     """
     parts = [params] if lora is None else _merged_parts(params, lora)
     save_parts(directory, parts, config, tokenizer, quantization=quantization)
@@ -165,20 +165,18 @@ def saved_shapes(directory: Path | str) -> dict[str, Any]:
         if metadata is None:
             raise ValueError("params/state/_METADATA doesn't tell its arrays")
         flat = flatten(metadata)
-    return unflatten(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, np.dtype("float32" if merged else leaf.dtype))
-            for path, leaf in flat.items()
-            if not is_adapter(path)
-            for merged in [_is_adapted(path, lora)]
-        }
-    )
+    shapes: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        if lora is None or not is_adapter(path):
+            dtype = "float32" if lora is not None and _is_adapted(path, flat) else leaf.dtype
+            shapes[path] = jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype))
+    return unflatten(shapes)
 
 
-def _is_adapted(path: str, lora: Lora | None) -> bool:
-    """Whether the leaf of this path is a kernel with an adapter."""
+def _is_adapted(path: str, stored: Container[str]) -> bool:
+    """Whether the leaf of this path is a kernel with an adapter among those that are stored."""
     layer, _, name = path.rpartition("/")
-    return lora is not None and name == quantize.KERNEL and lora.adapts(layer)
+    return name == quantize.KERNEL and f"{layer}/{ADAPTERS[0]}" in stored
 
 
 def check_index(tree: Path) -> None:
@@ -269,12 +267,14 @@ def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _load_leaf(directory: Path | str, path: str, target: Any, lora: Lora | None) -> Any:
-    """Reads one leaf of `params/` as `target`; where it has an adapter, that is merged in float32, then cast."""
-    if lora is None or not _is_adapted(path, lora):
+    """Reads one leaf of `params/` as `target`; an adapter of it is merged in float32, and the sum cast."""
+    if lora is None:
         return _load_stored(directory, path, target)
     metadata = ocp.metadata(as_path(directory) / "params").metadata
     assert metadata is not None, "seen by saved_shapes"
     stored = flatten(metadata)
+    if not _is_adapted(path, stored):
+        return _load_stored(directory, path, target)
     on_host = isinstance(target, _HostArray)
 
     def load(path: str, *, on_host: bool) -> Any:
