@@ -284,5 +284,5 @@ def abstract_params(
 
 
 def init_params(config: OspreyConfig, key: Array, *, lora: Lora | None = None) -> Params:
-    """Fresh float32 parameters; adapters change none of the others."""
+    """Fresh float32 parameters."""
     return nn.unbox(jax.jit(partial(_init, config, lora=lora))(key))
