@@ -41,10 +41,10 @@ def get_config() -> ConfigDict:
 
     # Regular expressions: a parameter whose whole path one of them matches is trained, the rest is frozen.
     config.trained = (".*",)
-    # Low-rank adapters beside matrices of the decoder's layers (0: none), for small machines. Then they are
-    # trained, the decoder itself is frozen, and what `trained` names of the rest is trained as ever; the exported
-    # model has them merged in. A matrix is a target where a regular expression matches its whole path. What an
-    # adapter gives is multiplied by alpha / rank.
+    # Low-rank adapters beside matrices of the decoder's layers (rank 0: none), for small machines. Then they
+    # are trained and the decoder itself is frozen; what `trained` names of the rest is trained as ever. The
+    # exported model has them merged in. A matrix is a target where a regular expression matches its whole
+    # path. What an adapter gives is multiplied by alpha / rank.
     config.lora = ConfigDict({"rank": 0, "alpha": 16.0, "targets": ("decoder/layers/(self_attn|mlp)/.*",)})
     # Of the frozen parameters ("float32" or "bfloat16"); trained ones are float32.
     config.frozen_dtype = "bfloat16"

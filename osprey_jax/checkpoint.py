@@ -3,8 +3,8 @@
 A checkpoint is a directory of `config.json` (`OspreyConfig`), `params/` (Orbax) and `tokenizer.model` or
 `tokenizer.json`; one that a training saves on its way has the rest of the training's state beside that. It
 is complete or it isn't there: everything is written to a sibling directory first, which takes the final name
-at the end. A quantised one says so in `config.json`, under `quantization`, one with adapters under `lora`; its
-adapters are merged as it is read. No other module knows Orbax.
+at the end. A quantised one says so in `config.json`, under `quantization`, one with adapters under `lora`,
+and they are merged as it is read. No other module knows Orbax.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from etils import epath
+from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from osprey_jax import quantize
@@ -46,8 +47,8 @@ def save_params(
 ) -> None:
     """Writes a checkpoint with every leaf in its own dtype. Raises ValueError where `directory` exists.
 
-    `quantization` names the scheme (`quantize.SCHEMES`) of quantised parameters. Adapters, which `lora` tells, are
-    merged (`lora.merge_adapters`), so that the checkpoint is like any other.
+    `quantization` names the scheme (`quantize.SCHEMES`) of quantised parameters. Adapters, which `lora`
+    tells, are merged (`lora.merge_adapters`), so that the checkpoint is like any other.
     """
     parts = [params] if lora is None else _merged_parts(params, lora)
     save_parts(directory, parts, config, tokenizer, quantization=quantization)
@@ -158,27 +159,55 @@ def saved_shapes(directory: Path | str) -> dict[str, Any]:
 
     Adapters are not in it: they are merged as they are read, into kernels of float32.
     """
-    lora = _load_description(directory).lora
-    with damage_named(directory):
-        check_index(as_path(directory) / "params")
-        metadata = ocp.metadata(as_path(directory) / "params").metadata
-        if metadata is None:
-            raise ValueError("params/state/_METADATA doesn't tell its arrays")
-        flat = flatten(metadata)
-    return unflatten(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, np.dtype("float32" if merged else leaf.dtype))
-            for path, leaf in flat.items()
-            if not is_adapter(path)
-            for merged in [_is_adapted(path, lora)]
-        }
-    )
+    return unflatten(_Reader(directory).shapes)
 
 
-def _is_adapted(path: str, lora: Lora | None) -> bool:
-    """Whether the leaf of this path is a kernel with an adapter."""
-    layer, _, name = path.rpartition("/")
-    return lora is not None and name == quantize.KERNEL and lora.adapts(layer)
+class _Reader:
+    """Reads a checkpoint's leaves by their paths, with adapters merged."""
+
+    def __init__(self, directory: Path | str):
+        self._directory, self._lora = directory, _load_description(directory).lora
+        with damage_named(directory):
+            check_index(as_path(directory) / "params")
+            metadata = ocp.metadata(as_path(directory) / "params").metadata
+            if metadata is None:
+                raise ValueError("params/state/_METADATA doesn't tell its arrays")
+            self._stored: dict[str, Any] = {
+                path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+                for path, leaf in flatten(metadata).items()
+            }
+        self.shapes = dict(self._stored)
+        """Of what `load` reads."""
+        if self._lora is not None:
+            for path, leaf in self._stored.items():
+                if is_adapter(path):
+                    del self.shapes[path]
+                elif self._adapter(path):
+                    self.shapes[path] = jax.ShapeDtypeStruct(leaf.shape, np.dtype("float32"))
+
+    def _adapter(self, path: str) -> list[str]:
+        """Paths of the two leaves that are merged into this one, if any."""
+        layer, _, name = path.rpartition("/")
+        parts = [f"{layer}/{part}" for part in ADAPTERS]
+        return parts if name == quantize.KERNEL and parts[0] in self._stored else []
+
+    def load(self, path: str, target: Any) -> Any:
+        """Reads a leaf as `target`, a `jax.ShapeDtypeStruct` with a sharding, or a `_HostArray`.
+
+        Merged in float32, then cast. What makes a leaf unreadable is a ValueError that names it.
+        """
+        if self._lora is None or not (adapter := self._adapter(path)):
+            return _load_leaf(self._directory, path, target)
+
+        def stored(path: str, sharding: Sharding | None) -> Any:
+            shape, dtype = self._stored[path].shape, self._stored[path].dtype
+            struct = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            return _load_leaf(self._directory, path, struct if sharding else _HostArray(shape, dtype))
+
+        place = None if isinstance(target, _HostArray) else target.sharding
+        kernel, a, b = stored(path, place), *(stored(each, None) for each in adapter)
+        merged = merge_kernel(kernel, a, b, scale=self._lora.scale, sharding=place, dtype=target.dtype)
+        return merged if place else np.asarray(merged)
 
 
 def check_index(tree: Path) -> None:
@@ -213,26 +242,24 @@ def load_params(
     Raises a ValueError that lists the leaves that are only wanted (-), only saved (+) or of another shape or
     kind (!), or that names a damaged checkpoint.
     """
-    saved = flatten(saved_shapes(directory))
-    lora = _load_description(directory).lora
+    reader = _Reader(directory)
+    saved = reader.shapes
     if unquantized is None or any(path.endswith(f"/{quantize.SCALE}") for path in saved):
         wanted = flatten(abstract_params)
         _check_leaves(directory, wanted, saved)
         placed = flatten(_placed(unflatten(wanted)))
         with damage_named(directory):
-            return unflatten(
-                {path: _load_leaf(directory, path, target, lora) for path, target in placed.items()}
-            )
+            return unflatten({path: reader.load(path, target) for path, target in placed.items()})
     originals, targets = (flatten(_placed(tree)) for tree in (unquantized, abstract_params))
     _check_leaves(directory, originals, saved)
     params: dict[str, Any] = {}
     with damage_named(directory):
         for path, original in originals.items():
             if (scale := quantize.scale_path(path)) not in targets:
-                params[path] = _load_leaf(directory, path, targets[path], lora)
+                params[path] = reader.load(path, targets[path])
                 continue
             exact = jax.ShapeDtypeStruct(original.shape, saved[path].dtype, sharding=original.sharding)
-            kernel = _load_leaf(directory, path, exact, lora)
+            kernel = reader.load(path, exact)
             params[path], params[scale] = quantize.quantize_leaf(kernel, targets[path], targets[scale])
             del kernel
     return unflatten(params)
@@ -260,37 +287,15 @@ def _kind(dtype: np.dtype) -> str:
 
 def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the leaves one by one, in their saved dtypes, to host memory: pairs of path and array."""
-    lora = _load_description(directory).lora
-    for path, struct in flatten(saved_shapes(directory)).items():
+    reader = _Reader(directory)
+    for path, struct in reader.shapes.items():
         with damage_named(directory):
-            leaf = _load_leaf(directory, path, _HostArray(struct.shape, struct.dtype), lora)
+            leaf = reader.load(path, _HostArray(struct.shape, struct.dtype))
         yield path, leaf
         del leaf
 
 
-def _load_leaf(directory: Path | str, path: str, target: Any, lora: Lora | None) -> Any:
-    """Reads one leaf of `params/` as `target`; where it has an adapter, that is merged in float32, then cast."""
-    if lora is None or not _is_adapted(path, lora):
-        return _load_stored(directory, path, target)
-    metadata = ocp.metadata(as_path(directory) / "params").metadata
-    assert metadata is not None, "seen by saved_shapes"
-    stored = flatten(metadata)
-    on_host = isinstance(target, _HostArray)
-
-    def load(path: str, *, on_host: bool) -> Any:
-        shape, dtype = stored[path].shape, np.dtype(stored[path].dtype)
-        struct = jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(target, "sharding", None))
-        return _load_stored(directory, path, _HostArray(shape, dtype) if on_host else struct)
-
-    layer = path.rpartition("/")[0]
-    a, b = (load(f"{layer}/{name}", on_host=True) for name in ADAPTERS)
-    kernel = load(path, on_host=on_host)
-    sharding = None if on_host else target.sharding
-    merged = merge_kernel(kernel, a, b, scale=lora.scale, sharding=sharding, dtype=target.dtype)
-    return np.asarray(merged) if on_host else merged
-
-
-def _load_stored(directory: Path | str, path: str, target: Any) -> Any:
+def _load_leaf(directory: Path | str, path: str, target: Any) -> Any:
     """Reads one leaf of `params/`; what makes it unreadable is a ValueError that names it.
 
     Orbax reads a tree's leaves at the same time. Where one fails, it abandons the others, and each of those

@@ -1,10 +1,10 @@
 """Low-rank adapters: what is learned beside a frozen matrix, and how it becomes part of the matrix.
 
-A matrix W of `inputs + outputs` axes gets A of `inputs + (rank,)`, and B of `(rank,) + outputs`, which begins as
-zeros; the layer computes x·W + x·A·B · alpha / rank.
+A matrix W of `inputs + outputs` axes gets A of `inputs + (rank,)`, and B of `(rank,) + outputs`, which begins
+as zeros; the layer computes x·W + x·A·B · alpha / rank.
 
 Reference: Hu et al., LoRA, arXiv 2106.09685.
-Differs: A begins uniform, as the authors' program has it and other matrices do, not normal; there is no dropout.
+Differs: A begins uniform, as other matrices and in the authors' program, not normal; there is no dropout.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Lora:
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    """Regular expressions; a layer is adapted where one matches its whole path: `decoder/layers/mlp/up_proj`."""
+    """Regular expressions; a layer is adapted where one matches its path, as `decoder/layers/mlp/up_proj`."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0 or not self.targets:
@@ -76,7 +76,7 @@ def without_adapters(params: Params) -> dict[str, Any]:
 def merge_adapters(params: Params, lora: Lora) -> dict[str, Any]:
     """Parameters of a plain model that computes what the adapted one does.
 
-    Merged kernels are float32, whatever they were: what adapters learn is often smaller than bfloat16's steps.
+    Merged kernels are float32, whatever they were: what adapters learn may be less than bfloat16's steps.
     Every other leaf stays itself. Leaves are arrays, not traced ones; kernels keep their places.
     """
     plain: dict[str, Any] = {}

@@ -172,8 +172,8 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
 
     A leaf is trained where one of the regular expressions matches its whole path, such as
     `decoder/layers/mlp/up_proj/kernel`. In a part of the model that has adapters, such as `decoder`, they are
-    trained and nothing else is, whatever the expressions say. Raises ValueError for an expression that is malformed or matches no
-    path.
+    trained and nothing else is, whatever the expressions say. Raises ValueError for an expression that is
+    malformed or matches no path.
     """
     flat = flatten(params)
     trained: dict[str, Any] = {}

@@ -250,7 +250,8 @@ def boxed_params(
     lora: Lora | None = None,
 ) -> Params:
     """Shapes of all parameters, boxed with their logical axes: float32, or quantised; allocates nothing."""
-    how = {"scan_layers": scan_layers, "scan_blocks": scan_blocks, "quantization": quantization, "lora": lora}
+    layout = {"scan_layers": scan_layers, "scan_blocks": scan_blocks}
+    how: dict[str, Any] = {**layout, "quantization": quantization, "lora": lora}
     return jax.eval_shape(partial(_init, config, **how), jax.random.key(0))
 
 
@@ -283,5 +284,5 @@ def abstract_params(
 
 
 def init_params(config: OspreyConfig, key: Array, *, lora: Lora | None = None) -> Params:
-    """Fresh float32 parameters; adapters change none of the others."""
+    """Fresh float32 parameters."""
     return nn.unbox(jax.jit(partial(_init, config, lora=lora))(key))
