@@ -93,10 +93,10 @@ def test_each_process_reads_half_of_every_batch_and_says_where_it_is(together: t
 def test_the_first_process_alone_tells_of_steps_and_of_the_result(together: tuple) -> None:
     workdir, ((_, out, err), (_, other_out, other_err)) = together
     assert out.startswith(f"trained for {STEPS} steps; ")
-    assert "parameters to train" in err
+    assert f"step 0 of {STEPS}" in err
     assert f"step {STEPS}/{STEPS} · loss" in err
     assert other_out == ""
-    assert "parameters to train" not in other_err
+    assert "step 0 of" not in other_err
     assert "· loss" not in other_err
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
