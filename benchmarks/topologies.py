@@ -3,8 +3,8 @@
     pip install libtpu jax-cuda12-pjrt
     python -m benchmarks.topologies [--rows v4-32:stage3 h200:stage1 ...] [--output table.md]
 
-Each row runs the command that users run, `python -m osprey_jax.train --config=… --compile_topology=…`, with the
-configuration for that hardware. Exit status 1 if one doesn't fit or fails.
+Each row runs the command that users run, `python -m osprey_jax.train --config=… --compile_topology=…`, with
+the configuration for that hardware. Exit status 1 if one doesn't fit or fails.
 """
 
 import argparse
