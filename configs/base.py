@@ -14,8 +14,9 @@ def get_config() -> ConfigDict:
 
     # Of the first parameters, and of the order of the data.
     config.seed = 0
-    # A checkpoint whose parameters the first step begins with, and whose sizes and tokenizer count; empty:
-    # fresh parameters of the sizes in `config.model`.
+    # A checkpoint whose parameters the first step begins with, and whose sizes and tokenizer count, or a run,
+    # whose export is taken, else its newest checkpoint; empty: fresh parameters of the sizes in
+    # `config.model`.
     config.init_from = ""
 
     # Updates, or 0 for so many that every source is gone through `epochs` times; then those are 0.

@@ -1,7 +1,7 @@
 """Osprey-Chat: stage 3 with LLaVA's conversations about whole images, and about none, mixed in.
 
     python -m osprey_jax.train --config=configs/osprey_chat.py --workdir=runs/chat \
-        --config.init_from=runs/stage2/export --config.data.root=DATA
+        --config.init_from=runs/stage2 --config.data.root=DATA
 
 Hardware: meant for four devices of 80 GB.
 Data: that of `stage3.py` and LLaVA's; what is missing under DATA is told before the first step.

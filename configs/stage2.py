@@ -1,7 +1,7 @@
 """Stage 2, mask-text alignment: the mask-aware extractor learns to tell regions to the decoder.
 
     python -m osprey_jax.train --config=configs/stage2.py --workdir=runs/stage2 \
-        --config.init_from=runs/stage1/export --config.data.root=DATA
+        --config.init_from=runs/stage1 --config.data.root=DATA
 
 Hardware: meant for four devices of 80 GB.
 Data: the detection and part data sets; what is missing under DATA is told before the first step.

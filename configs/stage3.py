@@ -1,7 +1,7 @@
 """Stage 3, end to end: projector, extractor and decoder learn to follow instructions about regions.
 
     python -m osprey_jax.train --config=configs/stage3.py --workdir=runs/stage3 \
-        --config.init_from=runs/stage2/export --config.data.root=DATA
+        --config.init_from=runs/stage2 --config.data.root=DATA
 
 Hardware: meant for four devices of 80 GB.
 Data: Osprey-724K, Visual Genome and VCR; what is missing under DATA is told before the first step.

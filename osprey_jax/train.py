@@ -54,7 +54,7 @@ from osprey_jax.profiler import Profiler, Steps
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.train_data import make_data
 from osprey_jax.train_step import make_mesh, make_state, make_update
-from osprey_jax.training_checkpoints import TrainingCheckpoints, kept, saved_steps
+from osprey_jax.training_checkpoints import TrainingCheckpoints, kept, saved_steps, starting_point
 from osprey_jax.training_summary import mesh_peak, model_flops, summary
 from osprey_jax.typing import Array
 from osprey_jax.watchdog import Watchdog
@@ -88,7 +88,7 @@ def train(
         if config.init_from:
             # Its own checkpoints have its sizes and its tokenizer, too, and may have outlived it.
             before = saved_steps(workdir / "checkpoints")
-            origin = workdir / "checkpoints" / str(before[-1]) if before else as_path(config.init_from)
+            origin = starting_point(workdir if before else as_path(config.init_from))
             config = ConfigDict({**config.to_dict(), "model": load_config(origin).to_dict()})
         model_config = from_config(config.model.to_dict())
         lora = train_config.make_lora(config)
@@ -107,7 +107,7 @@ def train(
         )
 
         # The state: first as shapes that know their places on the mesh, then restored or created there.
-        create, abstract = make_state(config, model_config, mesh)
+        create, abstract = make_state(config, model_config, mesh, origin=origin)
         checkpoints = TrainingCheckpoints(
             workdir / "checkpoints",
             keep=config.keep_checkpoints,

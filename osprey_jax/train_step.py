@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,10 +42,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def make_state(
-    config: ConfigDict, model_config: OspreyConfig, mesh: Mesh
+    config: ConfigDict, model_config: OspreyConfig, mesh: Mesh, *, origin: Path | None = None
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """How to create the first state, sharded, and its `jax.ShapeDtypeStruct`s with shardings.
 
+    Parameters are those of the checkpoint `origin`, or fresh ones.
     Raises ValueError for a pattern of `config.trained`, or a target of `config.lora`, that matches nothing.
     """
     lora = train_config.make_lora(config)
@@ -80,8 +82,8 @@ def make_state(
 
     def create() -> TrainState:
         key = jax.random.key(config.seed)
-        if config.init_from:
-            params = load_params(config.init_from, without_adapters(abstract.params))
+        if origin is not None:
+            params = load_params(origin, without_adapters(abstract.params))
             if lora is None:
                 return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
             return jax.jit(adapt, out_shardings=shardings, donate_argnums=0)(params, key)

@@ -33,6 +33,16 @@ def kept(steps: Sequence[int], *, keep: int, every: int) -> list[int]:
     return [step for step in steps if step in steps[-keep:] or (every and step % every == 0)]
 
 
+def starting_point(directory: Path) -> Path:
+    """The checkpoint that a directory stands for: of a run its export, else its newest one; else itself."""
+    if (directory / "params").exists():
+        return directory
+    if (directory / "export").exists():
+        return directory / "export"
+    steps = saved_steps(directory / "checkpoints")
+    return directory / "checkpoints" / str(steps[-1]) if steps else directory
+
+
 class Restored(NamedTuple):
     """What a training goes on from."""
 

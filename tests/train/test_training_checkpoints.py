@@ -17,7 +17,7 @@ from osprey_jax import train, training_checkpoints
 from osprey_jax.config import OspreyConfig, from_config, tiny
 from osprey_jax.prompt import Tokenizer
 from osprey_jax.train_step import make_mesh, make_state
-from osprey_jax.training_checkpoints import TrainingCheckpoints, kept
+from osprey_jax.training_checkpoints import TrainingCheckpoints, kept, starting_point
 from tests.train.runs import FEW, SMALL, Command, newest, rows
 
 Make = Callable[..., TrainingCheckpoints]
@@ -187,3 +187,15 @@ def _small(config: OspreyConfig) -> dict[str, Any]:
                 node = node[parent]
             node[name] = value
     return values
+
+
+def test_a_run_stands_for_its_export_or_its_newest_checkpoint(tmp_path: Path) -> None:
+    assert starting_point(tmp_path / "no such run") == tmp_path / "no such run"
+    for step in (5, 20, 10):
+        (tmp_path / "checkpoints" / str(step) / "params").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".30.incomplete").mkdir()
+    (tmp_path / "checkpoints" / "25.damaged").mkdir()
+    assert starting_point(tmp_path) == tmp_path / "checkpoints" / "20"
+    (tmp_path / "export" / "params").mkdir(parents=True)
+    assert starting_point(tmp_path) == tmp_path / "export"
+    assert starting_point(tmp_path / "export") == tmp_path / "export"
