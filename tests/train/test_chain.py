@@ -103,8 +103,8 @@ def chain(
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora"])
 def test_the_loss_falls_in_each_stage(name: str, chain: dict[str, Path]) -> None:
     losses = [row["loss"] for row in rows(chain[name])]
-    # Batches differ: with a rate of nearly 0 these means do so by up to 3 %. The decoder that stage 2 freezes is
-    # a random one, which an extractor can make say only so much.
+    # Batches differ: with a rate of nearly 0 these means do so by up to 3 %. What stage 2 freezes is a random
+    # decoder, which an extractor can make say only so much.
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
 
 
