@@ -43,6 +43,7 @@ from data_pipelines.watched import ABANDONED, WorkerDied
 from osprey_jax import cluster, sharding, train_config
 from osprey_jax.batch import to_device
 from osprey_jax.checkpoint import first_line, load_config, save_params
+from osprey_jax.compilation_cache import use_compilation_cache
 from osprey_jax.compile_topology import compile_topology
 from osprey_jax.config import from_config
 from osprey_jax.directories import as_path
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_signals() as stopped:
             with refusals():
                 cluster.join()
+            use_compilation_cache()
             result = train(command.config, command.workdir, stopped=stopped, profile=command.profile)
             if cluster.is_first():
                 print(result)
