@@ -21,8 +21,14 @@ from osprey_jax.hlo import collectives
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.topologies import open_topology
-from osprey_jax.train_config import make_lora
-from osprey_jax.train_step import abstract_batch, make_loss_sums, make_mesh, make_state, make_update
+from osprey_jax.train_step import (
+    abstract_batch,
+    make_lora,
+    make_loss_sums,
+    make_mesh,
+    make_state,
+    make_update,
+)
 
 GIB = 1 << 30
 
