@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,14 +14,21 @@ from ml_collections import ConfigDict
 
 from osprey_jax import flops, sharding
 from osprey_jax.batch import Batch
+from osprey_jax.checkpoint import first_line
 from osprey_jax.config import from_config
 from osprey_jax.gpu_targets import MOST
 from osprey_jax.hlo import collectives
 from osprey_jax.models.osprey import Osprey
 from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.topologies import open_topology
-from osprey_jax.train_config import make_lora
-from osprey_jax.train_step import abstract_batch, make_loss_sums, make_mesh, make_state, make_update
+from osprey_jax.train_step import (
+    abstract_batch,
+    make_lora,
+    make_loss_sums,
+    make_mesh,
+    make_state,
+    make_update,
+)
 
 GIB = 1 << 30
 
@@ -60,9 +67,8 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
             say(f"doesn't fit: temporaries alone need {least:.2f} GiB a chip; {advice}")
             return False
     say(f"compiled in {time.monotonic() - begin:.0f} s")
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
     assert memory is not None, "compilers for chips tell it"
-    assert text is not None, "compilers for chips tell it"
     rows = {
         "parameters": _shard_bytes((state.trained, state.frozen)),
         "optimizer": _shard_bytes((state.mu, state.nu)),
@@ -79,9 +85,8 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
     tokens = config.batch_size * config.data.buckets[-1][0]
     say(f"{counted / 1e12:,.1f} TFLOP a step, recomputation included: {counted / chips / 1e12:,.2f} a chip, "
         f"{counted / tokens / 1e9:,.2f} GFLOP a token")  # fmt: skip
-    for kind, found in collectives(text).items():
-        say(f"  {kind:<19}{found.runs:7,} a step, {found.bytes / GIB:8.3f} GiB a chip, "
-            f"largest {found.largest / 2**20:8.2f} MiB")  # fmt: skip
+    for line in _collectives(compiled):
+        say(line)
     total = sum(rows.values())
     if total > limit:
         if total <= topology.most:
@@ -90,6 +95,22 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
         return False
     say(f"fits: {total / GIB:.2f} of {limit / GIB:.2f} GiB a chip")
     return True
+
+
+def _collectives(compiled: jax.stages.Compiled) -> Iterator[str]:
+    """A line for each kind of collective."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # JAX 0.10.2 can't read what libtpu 0.0.52 makes for v5p, whose sparse cores send on their own.
+        yield f"  collectives unknown, as this JAX can't read the program: {first_line(error)}"
+        return
+    assert text is not None, "compilers for chips tell it"
+    for kind, found in collectives(text).items():
+        yield (
+            f"  {kind:<19}{found.runs:7,} a step, {found.bytes / GIB:8.3f} GiB a chip, "
+            f"largest {found.largest / 2**20:8.2f} MiB"
+        )
 
 
 def activations(config: ConfigDict, model: Osprey, state: TrainState, batch: Batch, mesh: Mesh) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from osprey_jax.typing import Params
@@ -77,16 +78,24 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of `data * fsdp * tensor` devices, by default the first ones there are.
 
-    Raises ValueError where there are fewer devices than that.
+    Over several TPU slices, between which sending is slow, the `data` axis alone is spread: parameters are
+    gathered inside a slice, and only gradients go between slices. Raises ValueError where there are fewer
+    devices than that, or `data` doesn't divide by the slices.
     """
     sizes = (data, fsdp, tensor)
     devices = jax.devices() if devices is None else devices
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(f"a mesh of {named} needs {math.prod(sizes)} devices, there are {len(devices)}")
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
-    )
+    devices, types = devices[: math.prod(sizes)], (AxisType.Auto,) * 3
+    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    if data % slices:
+        raise ValueError(f"the mesh's data={data} doesn't divide by the {slices} slices that it spreads over")
+    inside = data // slices, fsdp, tensor
+    spread = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(spread, MESH_AXES, axis_types=types)
 
 
 def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ _SHAPES = {
 }
 """Of so many chips, for chips of two cores and of one."""
 _EXAMPLES = (
-    "v4-32 (16 chips), v5p-32 (16), v5e-64, v6e-16, shapes such as v5e:2x4 and v4:2x2x1, "
+    "v4-32 (16 chips), v5p-32 (16), v5e-64, v6e-16, 2xv5e-64 (two slices), shapes such as v5e:2x4, "
     "and the GPUs h200, h100 and h200-8"
 )
 
@@ -52,19 +52,27 @@ class Topology(NamedTuple):
 def open_topology(name: str) -> Topology:
     """Describes a slice by its cloud name, as `v5e-64`, or its shape, as `v5e:8x8`; or GPUs, as `h200-8`.
 
+    `2xv5e-64` are two slices.
+
     Raises ValueError where there is no such slice, or nothing to compile for it.
     """
     if name.lower().partition("-")[0] in gpu_targets.GPUS:
         return _open_gpus(name)
-    kind, shape = _shape(name)
+    several = re.fullmatch(r"([2-9]|[1-9]\d+)x(.*)", name)
+    kind, shape = _shape(several[2] if several else name)
     sizes = [int(size) for size in shape.split("x")]
     # A host has four chips, or fewer in slices that are smaller.
     bounds = tuple(min(size, most) for size, most in zip([*sizes, 1][:3], (2, 2, 1), strict=True))
-    # Nothing runs; these keep libtpu from looking for a chip and for its neighbours.
-    for key, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+    # Nothing runs; these keep libtpu from looking for a chip and its neighbours, and from being taken alone.
+    for key, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "true"),
+    ):
         os.environ.setdefault(key, value)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    options = {"chip_config_name": "megacore"} if _CORES[kind] == 2 else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if _CORES[kind] == 2 else {}
+    options |= {"num_slices": int(several[1])} if several else {}
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{kind}:{shape}", chips_per_host_bounds=bounds, **options

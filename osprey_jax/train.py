@@ -43,6 +43,7 @@ from data_pipelines.watched import ABANDONED, WorkerDied
 from osprey_jax import cluster, sharding, train_config
 from osprey_jax.batch import to_device
 from osprey_jax.checkpoint import first_line, load_config, save_params
+from osprey_jax.compilation_cache import use_compilation_cache
 from osprey_jax.compile_topology import compile_topology
 from osprey_jax.config import from_config
 from osprey_jax.directories import as_path
@@ -53,7 +54,7 @@ from osprey_jax.optim import AdamW, TrainState
 from osprey_jax.profiler import Profiler, Steps
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.train_data import make_data
-from osprey_jax.train_step import make_mesh, make_state, make_update
+from osprey_jax.train_step import make_lora, make_mesh, make_state, make_update
 from osprey_jax.training_checkpoints import TrainingCheckpoints, kept, saved_steps, starting_point
 from osprey_jax.training_summary import mesh_peak, model_flops, summary
 from osprey_jax.typing import Array
@@ -91,7 +92,7 @@ def train(
             origin = starting_point(workdir if before else as_path(config.init_from))
             config = ConfigDict({**config.to_dict(), "model": load_config(origin).to_dict()})
         model_config = from_config(config.model.to_dict())
-        lora = train_config.make_lora(config)
+        lora = make_lora(config)
         model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat, lora=lora)
         data = make_data(config, model_config, origin, report=say)
         optimizer = AdamW(
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_signals() as stopped:
             with refusals():
                 cluster.join()
+            use_compilation_cache()
             result = train(command.config, command.workdir, stopped=stopped, profile=command.profile)
             if cluster.is_first():
                 print(result)

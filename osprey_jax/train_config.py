@@ -19,7 +19,6 @@ from configs import base
 from osprey_jax.checkpoint import flatten
 from osprey_jax.cluster import is_first
 from osprey_jax.directories import as_path
-from osprey_jax.lora import Lora
 from osprey_jax.models.llama import REMAT_POLICIES
 from osprey_jax.profiler import Steps, parse_steps
 
@@ -168,12 +167,6 @@ def check(config: ConfigDict) -> None:
     _require(loss_per, config, "data.loss_per", "must be 'dialogue' or 'token'")
     for key in ("data.workers", "data.threads", "data.prefetch"):
         _require(_value(config, key) >= 0, config, key, "must not be negative")
-
-
-def make_lora(config: ConfigDict) -> Lora | None:
-    """The adapters that are asked for. Raises ValueError for a target that is no regular expression."""
-    lora = config.lora
-    return Lora(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets)) if lora.rank else None
 
 
 def _check_form(config: object) -> None:

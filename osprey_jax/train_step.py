@@ -15,7 +15,7 @@ from osprey_jax import sharding, train_config
 from osprey_jax.batch import Batch
 from osprey_jax.checkpoint import flatten, load_params
 from osprey_jax.config import OspreyConfig
-from osprey_jax.lora import without_adapters
+from osprey_jax.lora import Lora, without_adapters
 from osprey_jax.loss import chunked_loss_sums
 from osprey_jax.masks import MaskPyramid
 from osprey_jax.models.osprey import Osprey, apply, boxed_params, init_params
@@ -41,6 +41,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return mesh
 
 
+def make_lora(config: ConfigDict) -> Lora | None:
+    """The adapters that are asked for. Raises ValueError for a target that is no regular expression."""
+    lora = config.lora
+    return Lora(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets)) if lora.rank else None
+
+
 def make_state(
     config: ConfigDict, model_config: OspreyConfig, mesh: Mesh, *, origin: Path | None = None
 ) -> tuple[Callable[[], TrainState], TrainState]:
@@ -49,7 +55,7 @@ def make_state(
     Parameters are those of the checkpoint `origin`, or fresh ones.
     Raises ValueError for a pattern of `config.trained`, or a target of `config.lora`, that matches nothing.
     """
-    lora = train_config.make_lora(config)
+    lora = make_lora(config)
 
     def begin(params: Params) -> TrainState:
         dtypes = {"frozen_dtype": config.frozen_dtype, "mu_dtype": config.mu_dtype}

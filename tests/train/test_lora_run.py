@@ -122,7 +122,7 @@ def test_an_export_begins_the_next_run_which_adapts_it_anew_on_a_mesh(
     assert len(added) == 6
     assert {path for path in added if found[path].any()} == {path for path in added if "lora_a" in path}
     # What lies on a mesh is merged and written as well.
-    lora, tokenizer = train_config.make_lora(config), Tokenizer.load(export)
+    lora, tokenizer = train_step.make_lora(config), Tokenizer.load(export)
     checkpoint.save_params(tmp_path / "again", state.params, model_config, tokenizer, lora=lora)
     again = leaves(tmp_path / "again" / "params")
     assert again.keys() == before.keys()

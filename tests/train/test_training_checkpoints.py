@@ -150,6 +150,7 @@ def test_a_state_saved_on_eight_devices_is_the_same_on_other_meshes(make: Make, 
         {
             "trained": (".*",),
             "frozen_dtype": "float32",
+            "lora": {"rank": 0},
             "init_from": "",
             "seed": 3,
             "batch_size": 8,
