@@ -34,13 +34,22 @@ def kept(steps: Sequence[int], *, keep: int, every: int) -> list[int]:
 
 
 def starting_point(directory: Path) -> Path:
-    """The checkpoint that a directory stands for: of a run its export, else its newest one; else itself."""
-    if (directory / "params").exists():
+    """The checkpoint that a directory stands for: itself, or of a run its export, else its newest one.
+
+    Raises ValueError that names what was looked for where there is none of these.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"no directory {directory}")
+    if (directory / "config.json").exists():
         return directory
     if (directory / "export").exists():
         return directory / "export"
-    steps = saved_steps(directory / "checkpoints")
-    return directory / "checkpoints" / str(steps[-1]) if steps else directory
+    if steps := saved_steps(directory / "checkpoints"):
+        return directory / "checkpoints" / str(steps[-1])
+    raise ValueError(
+        f"{directory} is neither a checkpoint nor a run that has saved one: "
+        "it has no config.json, no export/ and nothing complete in checkpoints/"
+    )
 
 
 class Restored(NamedTuple):

@@ -187,6 +187,18 @@ def test_what_an_interrupted_save_left_takes_no_space(
     assert there == [False]
 
 
+def test_a_directory_with_nothing_to_begin_with_is_refused_by_what_was_looked_for(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tmp_path / "before"
+    (before / "checkpoints" / ".5.incomplete").mkdir(parents=True)
+    assert refusal(command(tmp_path / "run", init_from=before), capsys) == (
+        f"{before} is neither a checkpoint nor a run that has saved one: "
+        "it has no config.json, no export/ and nothing complete in checkpoints/"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_without_its_runs_checkpoints_is_not_passed_off_as_this_runs(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,6 +150,7 @@ def test_a_state_saved_on_eight_devices_is_the_same_on_other_meshes(make: Make, 
         {
             "trained": (".*",),
             "frozen_dtype": "float32",
+            "lora": {"rank": 0},
             "init_from": "",
             "seed": 3,
             "batch_size": 8,
@@ -190,12 +191,12 @@ def _small(config: OspreyConfig) -> dict[str, Any]:
 
 
 def test_a_run_stands_for_its_export_or_its_newest_checkpoint(tmp_path: Path) -> None:
-    assert starting_point(tmp_path / "no such run") == tmp_path / "no such run"
     for step in (5, 20, 10):
         (tmp_path / "checkpoints" / str(step) / "params").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".30.incomplete").mkdir()
     (tmp_path / "checkpoints" / "25.damaged").mkdir()
     assert starting_point(tmp_path) == tmp_path / "checkpoints" / "20"
-    (tmp_path / "export" / "params").mkdir(parents=True)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
     assert starting_point(tmp_path) == tmp_path / "export"
     assert starting_point(tmp_path / "export") == tmp_path / "export"
