@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from configs import base
 from data_pipelines.shapes.tokenizer import train_tokenizer
 from osprey_jax import train, training_checkpoints
 from osprey_jax.config import OspreyConfig, from_config, tiny
@@ -146,18 +146,8 @@ def test_a_disk_that_fills_up_stops_the_training_with_what_was_saved(
 
 def test_a_state_saved_on_eight_devices_is_the_same_on_other_meshes(make: Make, tmp_path: Path) -> None:
     config = from_config({**CONFIG.to_dict(), **_small(CONFIG)})
-    settings = ConfigDict(
-        {
-            "trained": (".*",),
-            "frozen_dtype": "float32",
-            "lora": {"rank": 0},
-            "init_from": "",
-            "seed": 3,
-            "batch_size": 8,
-            "accumulation": 1,
-            "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
-        }
-    )
+    settings = base.get_config()
+    settings.update({"frozen_dtype": "float32", "seed": 3, "batch_size": 8, "mesh": {"data": 1, "fsdp": 8}})
     create, _ = make_state(settings, config, make_mesh(settings))
     arrays = create().to_arrays()
     checkpoints = make(tmp_path)
