@@ -1,7 +1,8 @@
-"""Training steps of the tiny model here and in torch, interleaved: the same weights, batch and optimizer.
+"""Training steps here and in torch, interleaved: the same weights, batch and optimizer.
 
-    python -m benchmarks.step_time [--steps 20] [--threads 2]
+    python -m benchmarks.step_time [--steps 20] [--threads 2] [--decoder 0.1b --rows 4]
 
+The model is that of `configs/tiny.py`, or has a decoder of a tenth of a billion parameters instead of its own.
 The torch side is transformers' ConvNext and Llama (scaled-dot-product attention) around a batched extractor,
 with torch's fused AdamW. Both sides start from the same weights and get the loader's arrays; the first losses
 must agree before anything is timed. Prints each side's median step and the median ratio of neighbours.
@@ -29,9 +30,17 @@ from tests.parity.bridge import Pair
 from tests.parity.reference import OspreyReference, ReferenceConfig
 
 
-def tiny_pair() -> Pair:
+DECODERS = {
+    "tiny": {},
+    "0.1b": {"dim": 768, "ffn_dim": 2560, "num_layers": 12, "num_heads": 12, "num_kv_heads": 12},
+}
+"""In what a decoder differs from the tiny one."""
+
+
+def pair_with(decoder: str) -> Pair:
     """Torch's and our model in the sizes of `configs/tiny.py`, with the same random weights."""
     model = tiny_config.get_config().model
+    model.decoder.update(DECODERS[decoder])
     return Pair.of(
         ReferenceConfig(
             depths=tuple(model.vision.depths),
@@ -47,8 +56,8 @@ def tiny_pair() -> Pair:
     )
 
 
-def shapes_batch(pair: Pair) -> Batch:
-    """The first batch of the tiny configuration."""
+def shapes_batch(pair: Pair, rows: int) -> Batch:
+    """The first batch of the tiny configuration, of so many rows."""
     config = tiny_config.get_config()
     with tempfile.TemporaryDirectory() as directory:
         train_tokenizer(directory)
@@ -56,7 +65,7 @@ def shapes_batch(pair: Pair) -> Batch:
             [Shapes(size=pair.config.vision.image_size)],
             Tokenizer.load(directory),
             pair.config,
-            batch_size=config.batch_size,
+            batch_size=rows,
             buckets=config.data.buckets,
             seed=0,
             num_steps=1,
@@ -110,10 +119,12 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--decoder", choices=DECODERS, default="tiny")
+    parser.add_argument("--rows", type=int, default=16, help="of a batch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pair = tiny_pair()
-    batch = shapes_batch(pair)
+    pair = pair_with(args.decoder)
+    batch = shapes_batch(pair, args.rows)
 
     reference = pair.reference.train()
     reference.llama.set_attn_implementation("sdpa")
