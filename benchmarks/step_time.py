@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_time [--steps 20] [--threads 2] [--decoder 0.1b --rows 4]
 
-The model is that of `configs/tiny.py`, or has a decoder of a tenth of a billion parameters instead of its own.
+The model is that of `configs/tiny.py`, or has a decoder of 0.1 B parameters instead of its own.
 The torch side is transformers' ConvNext and Llama (scaled-dot-product attention) around a batched extractor,
 with torch's fused AdamW. Both sides start from the same weights and get the loader's arrays; the first losses
 must agree before anything is timed. Prints each side's median step and the median ratio of neighbours.
@@ -28,7 +28,6 @@ from osprey_jax.optim import AdamW, init_state
 from osprey_jax.prompt import IMAGE_TOKEN_ID, Tokenizer
 from tests.parity.bridge import Pair
 from tests.parity.reference import OspreyReference, ReferenceConfig
-
 
 DECODERS = {
     "tiny": {},
