@@ -19,13 +19,14 @@ from osprey_jax.config import from_config
 from osprey_jax.gpu_targets import MOST
 from osprey_jax.hlo import collectives
 from osprey_jax.models.osprey import Osprey
-from osprey_jax.optim import AdamW, TrainState
+from osprey_jax.optim import TrainState
 from osprey_jax.topologies import open_topology
 from osprey_jax.train_step import (
     abstract_batch,
     make_lora,
     make_loss_sums,
     make_mesh,
+    make_optimizer,
     make_state,
     make_update,
 )
@@ -46,7 +47,7 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
     model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat, lora=lora)
     _, state = make_state(config, model_config, mesh)
     batch = abstract_batch(config, model_config, mesh)
-    optimizer = AdamW(peak_learning_rate=config.learning_rate, warmup_steps=1, total_steps=2)
+    optimizer = make_optimizer(config, steps=1000)
     update = make_update(model, optimizer, accumulation=config.accumulation)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     chips, limit = len(topology.devices), topology.memory
@@ -76,10 +77,14 @@ def compile_topology(config: ConfigDict, name: str, *, say: Callable[[str], None
         "activations": min(kept, memory.temp_size_in_bytes),
         "temporaries": max(memory.temp_size_in_bytes - kept, 0),
     }
+    # What isn't written into the place of an argument.
+    if results := memory.output_size_in_bytes - memory.alias_size_in_bytes:
+        rows["results"] = results
     if code := memory.generated_code_size_in_bytes:  # not told for GPUs
         rows["program"] = code
     for kind, size in rows.items():
-        say(f"  {kind:<12}{size / GIB:9.3f} GiB a chip")
+        estimated = " (estimate)" if kind == "activations" else ""
+        say(f"  {kind:<12}{size / GIB:9.3f} GiB a chip{estimated}")
     if topology.caveat:
         say(f"  {topology.caveat}")
     tokens = config.batch_size * config.data.buckets[-1][0]

@@ -50,7 +50,7 @@ def remove(path: Path) -> None:
 
 
 def persist(directory: Path, *, deep: bool = True) -> None:
-    """Makes a directory outlive a loss of power, by default with all that is in it, if it is on a disk."""
+    """Makes a directory, by default with all that is in it, or a file outlive a loss of power."""
     if "://" in str(directory):
         return
     for path in [*(directory.rglob("*") if deep else ()), directory]:

@@ -104,7 +104,11 @@ class Evaluator:
         return {name: value.item() for name, value in jax.device_get(found).items()}
 
     def _osprey(self, state: TrainState) -> predictor.Osprey:
-        params = state.params if self._lora is None else merge_adapters(state.params, self._lora)
+        params = (
+            state.params
+            if self._lora is None
+            else merge_adapters(state.params, self._lora, dtype=self._dtype)
+        )
         params, mesh = _generation_params(params, dtype=self._dtype), None
         if self._mesh.size > 1:
             mesh = self._mesh

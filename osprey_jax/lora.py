@@ -73,19 +73,20 @@ def without_adapters(params: Params) -> dict[str, Any]:
     }
 
 
-def merge_adapters(params: Params, lora: Lora) -> dict[str, Any]:
+def merge_adapters(params: Params, lora: Lora, *, dtype: jnp.dtype | str = "float32") -> dict[str, Any]:
     """Parameters of a plain model that computes what the adapted one does.
 
-    Merged kernels are float32, whatever they were: what adapters learn may be less than bfloat16's steps.
+    Merged kernels are float32 unless told, whatever they were: what adapters learn may be less than
+    bfloat16's steps.
     Every other leaf stays itself. Leaves are arrays, not traced ones; kernels keep their places.
     """
     plain: dict[str, Any] = {}
     for name, node in params.items():
         if isinstance(node, Mapping):
-            plain[name] = merge_adapters(node, lora)
+            plain[name] = merge_adapters(node, lora, dtype=dtype)
         elif name == KERNEL and ADAPTERS[0] in params:
             a, b = (params[each] for each in ADAPTERS)
-            plain[name] = merge_kernel(node, a, b, scale=lora.scale, sharding=node.sharding)
+            plain[name] = merge_kernel(node, a, b, scale=lora.scale, sharding=node.sharding, dtype=dtype)
         elif name not in ADAPTERS:
             plain[name] = node
     return plain

@@ -122,7 +122,7 @@ class AdamW:
         numbers = {"grad_norm": norm, "learning_rate": rate, "spike": spike, "skipped": jnp.zeros(())}
         if self.skip_spikes:
             kept = jax.tree.map(lambda before, after: jnp.where(usual, after, before), state, new)
-            new = kept.replace(step=new.step, frozen=state.frozen)
+            new = kept.replace(step=new.step, frozen=state.frozen, log_norm=log_norm)
             numbers["skipped"] = (~usual).astype(jnp.float32)
         return new, numbers
 
@@ -133,11 +133,13 @@ class AdamW:
         log = jnp.log(norm)
         ratio = jnp.exp(log - state.log_norm)
         settled = (self.spike > 0) & (state.step >= SETTLED)
-        spike = jnp.where(settled & (ratio > self.spike), ratio, 0.0)
+        spike = jnp.where(settled & (ratio > self.spike) & jnp.isfinite(norm), ratio, 0.0)
         usual = jnp.isfinite(norm) & (spike == 0)
         weight = jnp.maximum(1 / (state.step + 1).astype(jnp.float32), 1 / SETTLED)
-        mean = state.log_norm + weight * (log - state.log_norm)
-        return usual, jnp.where(usual & (norm > 0), mean, state.log_norm), spike
+        # A spike counts as the largest of what is usual, so that a lasting change becomes usual itself.
+        most = jnp.where(settled, state.log_norm + math.log(self.spike or 1.0), jnp.inf)
+        mean = state.log_norm + weight * (jnp.minimum(log, most) - state.log_norm)
+        return usual, jnp.where(jnp.isfinite(norm) & (norm > 0), mean, state.log_norm), spike
 
 
 def init_state(

@@ -50,17 +50,21 @@ from osprey_jax.directories import as_path
 from osprey_jax.evaluation import Evaluator
 from osprey_jax.metrics import Metrics, Unheard
 from osprey_jax.models.osprey import Osprey
-from osprey_jax.optim import AdamW, TrainState
+from osprey_jax.optim import TrainState
 from osprey_jax.profiler import Profiler, Steps
 from osprey_jax.train_config import Refused, refusals
 from osprey_jax.train_data import make_data
-from osprey_jax.train_step import make_lora, make_mesh, make_state, make_update
+from osprey_jax.train_step import make_lora, make_mesh, make_optimizer, make_state, make_update
 from osprey_jax.training_checkpoints import TrainingCheckpoints, kept, saved_steps, starting_point
 from osprey_jax.training_summary import mesh_peak, model_flops, summary
 from osprey_jax.typing import Array
 from osprey_jax.watchdog import Watchdog
 
 HELP = "configs/base.py has every key and what it means, the files beside it what differs for a stage."
+
+
+MOST_SKIPPED = 50
+"""Steps one after another that may be left out."""
 
 
 class NotFinite(ArithmeticError):
@@ -95,17 +99,7 @@ def train(
         lora = make_lora(config)
         model = Osprey(model_config, jnp.dtype(config.dtype), remat=config.remat, lora=lora)
         data = make_data(config, model_config, origin, report=say)
-        optimizer = AdamW(
-            peak_learning_rate=config.learning_rate,
-            warmup_steps=math.ceil(config.warmup * data.steps),
-            total_steps=data.steps,
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-            spike=config.spike,
-            skip_spikes=config.skip_spikes,
-        )
+        optimizer = make_optimizer(config, steps=data.steps)
 
         # The state: first as shapes that know their places on the mesh, then restored or created there.
         create, abstract = make_state(config, model_config, mesh, origin=origin)
@@ -140,6 +134,8 @@ def train(
             if lost := data.training.set_states(restored.loader_states):
                 say(f"warning: {lost}")
 
+    if profile is not None and not step < profile.first <= data.steps:
+        say(f"warning: --profile={profile.first}: this start makes the steps from {step + 1} to {data.steps}")
     peak, operations = mesh_peak(mesh), model_flops(model, state)
     for line in summary(state, mesh, config, operations=operations, step=step, steps=data.steps):
         if cluster.is_first():
@@ -166,7 +162,18 @@ def train(
             metrics.flush()
             checkpoints.save(step, state.to_arrays(), data.training.get_state())
 
-        saved, running, stop = step, None, cluster.Stop(mesh, stopped)
+        saved, running, skipped = step, None, 0
+        stop = cluster.Stop(mesh, stopped)
+
+        def note() -> None:
+            """Waits for the step that is running, and writes its numbers."""
+            nonlocal running, skipped
+            if running is not None:
+                skipped = skipped + 1 if record(metrics, *running) else 0
+                running = None
+            if skipped == MOST_SKIPPED:
+                raise NotFinite(f"the last {skipped} steps, up to {step}, were left out: nothing is learned")
+
         failure: Exception | None = None
         while step < data.steps and not stop():
             watchdog.at(f"waiting for the data of step {step + 1}")
@@ -180,8 +187,7 @@ def train(
             watchdog.at(f"step {step + 1}")
             profiler.before(step + 1)
             state, numbers = update(state, to_device(batch, mesh))
-            if running is not None:
-                record(metrics, *running)  # a step late, so that the devices have work meanwhile
+            note()  # a step late, so that the devices have work meanwhile
             step += 1
             profiler.after(step, numbers)
             running = (step, numbers, sample_ids, operations(batch) if peak else 0)
@@ -189,13 +195,11 @@ def train(
                 watchdog.at(f"evaluating step {step}")
                 metrics.evaluated(step, *evaluate(state))
             if due(config.checkpoint_every):
-                record(metrics, *running)  # first, for it raises where the state is not worth saving
-                running = None
+                note()  # first, for it raises where the state is not worth saving
                 watchdog.at(f"saving step {step}")
                 save()
                 saved = step
-        if running is not None:
-            record(metrics, *running)
+        note()
         if step > saved:
             save()
         checkpoints.wait()
@@ -218,25 +222,30 @@ def train(
 
 def record(
     metrics: Metrics, step: int, numbers: Mapping[str, Array], sample_ids: Sequence[str], operations: int
-) -> None:
-    """Waits for a step's numbers and writes them; raises NotFinite where training can't go on from them."""
+) -> bool:
+    """Waits for a step's numbers and writes them; tells whether the step was left out.
+
+    Raises NotFinite where training can't go on from them.
+    """
     values = {name: value.item() for name, value in jax.device_get(dict(numbers)).items()}
     samples = f"samples of the batch: {', '.join(sample_ids)}"
     broken = " and ".join(
         f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])
     )
     spike, skipped = values.pop("spike"), values.pop("skipped")
-    if spike:
+    finite = not broken
+    if spike and finite:
         broken = f"grad_norm is {values['grad_norm']:.4g}, {spike:.1f} times the usual"
     if skipped:
         # JSON has no word for what is no number.
         values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
         say(f"warning: step {step} is left out, as {broken}; {samples}")
+    elif not finite:
+        raise NotFinite(f"step {step}: {broken}; {samples}")
     elif spike:
         say(f"warning: step {step}: {broken}; {samples}")
-    elif broken:
-        raise NotFinite(f"step {step}: {broken}; {samples}")
     metrics.write(step, values, samples=len(sample_ids) * jax.process_count(), operations=operations)
+    return bool(skipped)
 
 
 def say(message: str) -> None:

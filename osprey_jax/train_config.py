@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import base
 from osprey_jax.checkpoint import flatten
 from osprey_jax.cluster import is_first
-from osprey_jax.directories import as_path
+from osprey_jax.directories import as_path, persist
 from osprey_jax.models.llama import REMAT_POLICIES
 from osprey_jax.profiler import Steps, parse_steps
 
@@ -27,6 +27,9 @@ OF_THE_MACHINE = (
     "accumulation",
     "remat",
     "patience",
+    # A run that ended at a broken batch goes on by leaving it out.
+    "spike",
+    "skip_spikes",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -41,7 +44,7 @@ OF_THE_MACHINE = (
     "data.threads",
     "data.prefetch",
 )
-"""Keys, or their beginnings, that may change between two starts of a run: what is learned stays the same."""
+"""Keys, or their beginnings, that may change between two starts of a run: what was learned stays the same."""
 
 USAGE = (
     "usage: python -m osprey_jax.train --config=configs/tiny.py "
@@ -224,6 +227,7 @@ def claim(workdir: Path, config: ConfigDict, *, saved: int) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(".train_config.json.incomplete")
         partial.write_text(json.dumps(settings, indent=2) + "\n")
+        persist(partial, deep=False)
         partial.replace(path)
     except OSError as error:
         raise ValueError(f"cannot write to {workdir}: {error.strerror or error}") from error

@@ -41,6 +41,21 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return mesh
 
 
+def make_optimizer(config: ConfigDict, *, steps: int) -> AdamW:
+    """The optimizer of a run of so many steps."""
+    return AdamW(
+        peak_learning_rate=config.learning_rate,
+        warmup_steps=math.ceil(config.warmup * steps),
+        total_steps=steps,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        spike=config.spike,
+        skip_spikes=config.skip_spikes,
+    )
+
+
 def make_lora(config: ConfigDict) -> Lora | None:
     """The adapters that are asked for. Raises ValueError for a target that is no regular expression."""
     lora = config.lora

@@ -1,9 +1,28 @@
 """GPUs by name; none of it needs a compiler for them."""
 
+import re
+
 import pytest
 
 from osprey_jax.gpu_targets import GPUS, memory_fraction, target_config
 from osprey_jax.topologies import open_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("foo", "no TPU slice foo: there are v4-32"),
+        ("v9-8", "no TPU slice v9-8: there are v4-32"),
+        ("v4-12", "no TPU slice v4-12: of v4 there are v4-8, v4-16"),
+        ("v5e-2", "no TPU slice v5e-2: of v5e there are v5e-1, v5e-4"),
+        ("v4:2x2", "v4:2x2: chips of v4 lie in 3 dimensions, not as 2x2"),
+        ("v5e:2x2x2", "v5e:2x2x2: chips of v5e lie in 2 dimensions"),
+        ("", "no TPU slice : there are"),
+    ],
+)
+def test_what_is_no_slice_is_told_with_what_there_is(name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
+        open_topology(name)
 
 
 def test_a_host_has_no_three_gpus() -> None:
