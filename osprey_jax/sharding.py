@@ -88,7 +88,8 @@ def make_mesh(
         named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(f"a mesh of {named} needs {math.prod(sizes)} devices, there are {len(devices)}")
     devices, types = devices[: math.prod(sizes)], (AxisType.Auto,) * 3
-    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    # Chips that are of no several slices don't tell theirs.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     if slices <= 1:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
     if data % slices:
