@@ -1,6 +1,6 @@
 """The training stages of Osprey-7B compiled for slices and cards that needn't be here: what each takes.
 
-    pip install libtpu jax-cuda12-pjrt
+    pip install libtpu; pip install --no-deps jax-cuda12-pjrt==VERSION_OF_JAX
     python -m benchmarks.topologies [--rows v4-32:stage3 h200:stage1 ...] [--output table.md]
 
 Each row runs the command that users run, `python -m osprey_jax.train --config=… --compile_topology=…`, with

@@ -1,8 +1,9 @@
 """One NVIDIA H200 of 141 GB: stage 3, or the stage behind a colon.
 
-    python -m osprey_jax.train --config=configs/h200.py:stage2 --workdir=runs/stage2 \
-        --config.init_from=runs/stage1 --config.data.root=DATA
+    XLA_CLIENT_MEM_FRACTION=0.95 python -m osprey_jax.train --config=configs/h200.py:stage2 \
+        --workdir=runs/stage2 --config.init_from=runs/stage1 --config.data.root=DATA
 
+Of the card's memory JAX takes 75 % by default, which is too little for stage 3.
 Data: as in the stage's own file.
 """
 

@@ -146,19 +146,21 @@ def _shard_bytes(tree: Any) -> int:
 
 def _advice(config: ConfigDict, mesh: Mesh, *, trained: int, kept: int) -> str:
     """The knob to turn next, the cheapest first; `trained` parameters and `kept` activations are in bytes."""
-    rows = config.batch_size // config.accumulation // sharding.batch_shards(mesh)
+    shards = sharding.batch_shards(mesh)
+    rows = config.batch_size // config.accumulation // shards
     # Where there are parts, their gradients are summed up beside those of the part at hand.
     sums = trained if config.accumulation == 1 else 0
     if config.remat == "none":
         return "recompute more: --config.remat=full"
     if rows > 1 and kept // 2 > sums:
-        return f"compute a batch in more parts: --config.accumulation={config.accumulation * 2}"
+        parts = next(count for count in range(2, rows + 1) if rows % count == 0)
+        return f"compute a batch in more parts: --config.accumulation={config.accumulation * parts}"
     if config.remat != "full":
         return "recompute more: --config.remat=full"
-    if mesh.shape["data"] > 1:
+    if mesh.shape["data"] % 2 == 0 and not config.mesh.data:
         return f"split parameters more: --config.mesh.fsdp={config.mesh.fsdp * 2}"
     if config.mu_dtype == "float32" and trained > kept:
         return "keep first moments in two bytes: --config.mu_dtype=bfloat16"
     if rows > 1:
-        return f"take a smaller batch: --config.batch_size={config.batch_size // 2}"
+        return f"take a smaller batch: --config.batch_size={rows // 2 * config.accumulation * shards}"
     return "take more chips"
