@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -62,9 +63,11 @@ def mesh_peak(mesh: Mesh) -> float | None:
 def model_flops(model: Osprey, state: TrainState) -> Callable[[Batch], int]:
     """A function that counts the model's operations for a batch (`flops` has the convention).
 
-    They are counted once for each shape of a batch. Recomputation and accumulation change nothing of them.
+    They are counted once for each shape of a batch. Accumulation, and layers or attention that are computed
+    again, change nothing of them; the head's logits, which the loss makes twice in chunks, count twice.
     """
-    gradients = make_gradients(model.clone(remat="none"), accumulation=1)
+    # In float32 attention is the plain form, which keeps what it needs.
+    gradients = make_gradients(model.clone(remat="none", dtype=jnp.dtype("float32")), accumulation=1)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.trained, state.frozen))
     found: dict[tuple[int, ...], int] = {}
 

@@ -192,6 +192,7 @@ def test_each_stage_begins_with_the_one_before_and_changes_its_own_parts_alone(
     assert changed == {path for path in found if re.fullmatch(stage.changes, path)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stage2", "stage3"])
 def test_a_stage_killed_and_resumed_is_the_same_run_whatever_became_of_where_it_began(
     name: str, chain: dict[str, Path], resumed: dict[str, Path]

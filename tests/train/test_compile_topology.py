@@ -58,7 +58,6 @@ def test_a_step_that_fits_is_told_by_kind_with_its_collectives(
 @pytest.mark.parametrize(
     ("overrides", "advice"),
     [
-        ({}, "recompute more: --config.remat=full"),
         ({"remat": "full"}, "compute a batch in more parts: --config.accumulation=2"),
     ],
 )
