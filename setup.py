@@ -17,11 +17,13 @@ REQUIRES = [
     "jaxtyping>=0.3",
     "ml_collections>=1.0",
     "numpy>=2.0",
+    "optax>=0.2.5",
     # The documented v1 interface still moves between minor versions.
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11.0",
     "pycocotools>=2.0.8",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
     # Writes and reads ArrayRecord data sets without TensorFlow.

@@ -67,13 +67,9 @@ def _merged_parts(params: Params, lora: Lora) -> Iterator[Params]:
 
 
 def save_parts(
-    directory: Path | str,
-    parts: Iterable[Params],
-    config: OspreyConfig,
-    tokenizer: Tokenizer,
-    *,
+    directory: Path | str, parts: Iterable[Params], config: OspreyConfig, tokenizer: Tokenizer, *,
     quantization: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """`save_params` of a tree that arrives in parts, so that no more than one part is in memory at a time.
 
     The parts are trees that have no leaf in common; a part is written before the next one is asked for.
@@ -81,19 +77,23 @@ def save_parts(
     with new_directory(directory) as partial:
         if jax.process_index() == 0:
             write_description(partial, config, tokenizer, quantization=quantization)
-        context = _saving()
         # What is stored of a 4-bit integer is a byte, half of which compression takes back.
-        context.array.saving.use_compression = (
-            quantization is not None and quantize.scheme(quantization).dtype == jnp.int4
-        )
-        # The call blocks until all is written: a copy that guards asynchronous saves would only cost memory.
-        context.memory.deepcopy_host_arrays = False
-        with context:
-            iterator = iter(parts)
-            while (part := next(iterator, None)) is not None:
-                _save_part(partial / "params", part)
-                del part
-            ocp.partial.finalize(partial / "params")
+        compressed = quantization is not None and quantize.scheme(quantization).dtype == jnp.int4
+        write_parts(partial / "params", parts, compressed=compressed)
+
+
+def write_parts(directory: Path, parts: Iterable[Params], *, compressed: bool = False) -> None:
+    """Writes a tree that arrives in parts, see `save_parts`, as the arrays of a checkpoint of any model."""
+    context = _saving()
+    context.array.saving.use_compression = compressed
+    # The call blocks until all is written: a copy that guards asynchronous saves would only cost memory.
+    context.memory.deepcopy_host_arrays = False
+    with context:
+        iterator = iter(parts)
+        while (part := next(iterator, None)) is not None:
+            _save_part(directory, part)
+            del part
+        ocp.partial.finalize(directory)
 
 
 def load_config(directory: Path | str) -> OspreyConfig:
@@ -126,6 +126,25 @@ class _Description(NamedTuple):
 
 
 def _load_description(directory: Path | str) -> _Description:
+    values = read_description(directory)
+    if "model" in values:
+        raise ValueError(f"{directory} is a checkpoint of SAM, not of Osprey; it is what --sam takes")
+    try:
+        quantization, lora = (values.pop(key, None) for key in ("quantization", "lora"))
+        return _Description(
+            config=from_config(values),
+            quantization=None if quantization is None else quantize.checked(quantization),
+            lora=None if lora is None else Lora(**{**lora, "targets": tuple(lora["targets"])}),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{as_path(directory) / 'config.json'}: {error}") from None
+
+
+def read_description(directory: Path | str) -> dict[str, Any]:
+    """The values in the `config.json` of a checkpoint of any model; only SAM's have a `model` among them.
+
+    A ValueError says what makes `directory` no checkpoint.
+    """
     directory = cast(Path, epath.Path(directory))
     path = directory / "config.json"
     if not directory.is_dir():
@@ -137,21 +156,14 @@ def _load_description(directory: Path | str) -> _Description:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if isinstance(values, dict) and "model_type" in values:
+        option = "--sam " if values["model_type"] == "sam" else ""
         raise ValueError(
             f"{directory} holds a PyTorch release, not an osprey-jax checkpoint; "
-            f"convert it first: python convert_torch_ckpt.py {directory} DST"
+            f"convert it first: python convert_torch_ckpt.py {option}{directory} DST"
         )
     if not isinstance(values, dict) or not (directory / "params").is_dir():
         raise ValueError(f"{directory} is not an osprey-jax checkpoint: it has no params/")
-    try:
-        quantization, lora = (values.pop(key, None) for key in ("quantization", "lora"))
-        return _Description(
-            config=from_config(values),
-            quantization=None if quantization is None else quantize.checked(quantization),
-            lora=None if lora is None else Lora(**{**lora, "targets": tuple(lora["targets"])}),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return values
 
 
 def saved_shapes(directory: Path | str) -> dict[str, Any]:
@@ -159,14 +171,18 @@ def saved_shapes(directory: Path | str) -> dict[str, Any]:
 
     Adapters are not in it: they are merged as they are read, into kernels of float32.
     """
-    return unflatten(_Reader(directory).shapes)
+    return unflatten(_reader(directory).shapes)
 
 
-class _Reader:
-    """Reads a checkpoint's leaves by their paths, with adapters merged."""
+def _reader(directory: Path | str) -> "Reader":
+    return Reader(directory, _load_description(directory).lora)
 
-    def __init__(self, directory: Path | str):
-        self._directory, self._lora = directory, _load_description(directory).lora
+
+class Reader:
+    """Reads the leaves of a checkpoint of any model by their paths, with adapters, if any, merged."""
+
+    def __init__(self, directory: Path | str, lora: Lora | None = None):
+        self._directory, self._lora = directory, lora
         with damage_named(directory):
             check_index(as_path(directory) / "params")
             metadata = ocp.metadata(as_path(directory) / "params").metadata
@@ -177,7 +193,7 @@ class _Reader:
                 for path, leaf in flatten(metadata).items()
             }
         self.shapes = dict(self._stored)
-        """Of what `load` reads."""
+        """`jax.ShapeDtypeStruct` of what `load` reads, by path."""
         if self._lora is not None:
             for path, leaf in self._stored.items():
                 if is_adapter(path):
@@ -208,6 +224,21 @@ class _Reader:
         kernel, a, b = stored(path, place), *(stored(each, None) for each in adapter)
         merged = merge_kernel(kernel, a, b, scale=self._lora.scale, sharding=place, dtype=target.dtype)
         return merged if place else np.asarray(merged)
+
+    def restore(self, abstract_params: Params) -> dict[str, Any]:
+        """All leaves as `load_params` restores them."""
+        _check_leaves(self._directory, flatten(abstract_params), self.shapes)
+        targets = flatten(_placed(abstract_params)).items()
+        with damage_named(self._directory):
+            return unflatten({path: self.load(path, target) for path, target in targets})
+
+    def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All leaves, one by one, as `load_leaves` reads them."""
+        for path, struct in self.shapes.items():
+            with damage_named(self._directory):
+                leaf = self.load(path, _HostArray(struct.shape, struct.dtype))
+            yield path, leaf
+            del leaf
 
 
 def check_index(tree: Path) -> None:
@@ -242,14 +273,10 @@ def load_params(
     Raises a ValueError that lists the leaves that are only wanted (-), only saved (+) or of another shape or
     kind (!), or that names a damaged checkpoint.
     """
-    reader = _Reader(directory)
+    reader = _reader(directory)
     saved = reader.shapes
     if unquantized is None or any(path.endswith(f"/{quantize.SCALE}") for path in saved):
-        wanted = flatten(abstract_params)
-        _check_leaves(directory, wanted, saved)
-        placed = flatten(_placed(unflatten(wanted)))
-        with damage_named(directory):
-            return unflatten({path: reader.load(path, target) for path, target in placed.items()})
+        return reader.restore(abstract_params)
     originals, targets = (flatten(_placed(tree)) for tree in (unquantized, abstract_params))
     _check_leaves(directory, originals, saved)
     params: dict[str, Any] = {}
@@ -287,12 +314,7 @@ def _kind(dtype: np.dtype) -> str:
 
 def load_leaves(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the leaves one by one, in their saved dtypes, to host memory: pairs of path and array."""
-    reader = _Reader(directory)
-    for path, struct in reader.shapes.items():
-        with damage_named(directory):
-            leaf = reader.load(path, _HostArray(struct.shape, struct.dtype))
-        yield path, leaf
-        del leaf
+    return _reader(directory).leaves()
 
 
 def _load_leaf(directory: Path | str, path: str, target: Any) -> Any:
@@ -359,13 +381,9 @@ class _HostArray:
 
 
 def write_description(
-    directory: Path,
-    config: OspreyConfig,
-    tokenizer: Tokenizer,
-    *,
-    quantization: str | None = None,
+    directory: Path, config: OspreyConfig, tokenizer: Tokenizer, *, quantization: str | None = None,
     lora: Lora | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes what a checkpoint has beside arrays."""
     values = config.to_dict() | ({} if quantization is None else {"quantization": quantization})
     values |= {} if lora is None else {"lora": dataclasses.asdict(lora)}

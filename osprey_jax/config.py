@@ -4,10 +4,12 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
 
 
-def _check_positive(config: Any) -> None:
+def check_positive(config: Any) -> None:
     """Raises ValueError that names the first field with a number in it that isn't above zero."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -30,7 +32,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if len(self.depths) != 4 or len(self.dims) != 4:
             raise ValueError(f"depths and dims name four stages each, got {self.depths} and {self.dims}")
-        _check_positive(self)
+        check_positive(self)
         if self.image_size % 32:
             raise ValueError(f"image_size must be a multiple of 32, got {self.image_size}")
 
@@ -55,7 +57,7 @@ class ExtractorConfig:
     """Side of the position mask in pixels."""
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
@@ -129,15 +131,20 @@ def preset(name: str) -> OspreyConfig:
 
 
 def from_config(values: Mapping[str, Any]) -> OspreyConfig:
-    """Builds the tree from nested mappings, such as a parsed `config.json`.
+    """Builds the tree from nested mappings, such as a parsed `config.json`; see `build`."""
+    return build(OspreyConfig, values)
+
+
+def build(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Builds a tree of frozen dataclasses from nested mappings.
 
     Missing keys take their defaults. Raises a ValueError that names every unknown key, or the first
     value of a wrong type, by its dotted path.
     """
-    unknown = sorted(_unknown_keys(OspreyConfig, values, ""))
+    unknown = sorted(_unknown_keys(cls, values, ""))
     if unknown:
         raise ValueError(f"unknown config keys: {', '.join(unknown)}")
-    return _build(OspreyConfig, values, "")
+    return _build(cls, values, "")
 
 
 def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> list[str]:

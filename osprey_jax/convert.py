@@ -5,6 +5,9 @@
                                                        SRC may be a checkpoint of ours as well
     python convert_torch_ckpt.py --decoder VICUNA --vision-tower open_clip.bin [--projector P.bin] DST
     python convert_torch_ckpt.py --to-torch SRC DST    a checkpoint to a release directory
+    python convert_torch_ckpt.py --sam sam_vit_b_01ec64.pth DST      SAM's file, or a directory of
+                                                       transformers' SamModel, to a checkpoint of SAM, which
+                                                       --to-torch takes back to a file of the original's
 
 Tensors keep their dtypes unless one is asked for, so there and back is bit-identical. Leaves go from the
 source's files to Orbax a few at a time: what is in memory at once is the largest leaf and one tensor.
@@ -14,25 +17,23 @@ import argparse
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from osprey_jax import checkpoint, convert_rules, quantize, torch_files
+from osprey_jax import checkpoint, convert_rules, convert_sam, quantize, torch_files
 from osprey_jax.config import ExtractorConfig
-from osprey_jax.convert_rules import PROJECTOR, TOWER, Slot
+from osprey_jax.convert_leaves import check_dtypes, in_parts, leaves_of_tensors, tensors_of_leaves
+from osprey_jax.convert_rules import PROJECTOR, TOWER
 from osprey_jax.directories import new_directory
 from osprey_jax.models.osprey import abstract_params
 from osprey_jax.prompt import Tokenizer
-from osprey_jax.torch_files import DTYPES, Entry, Shape
+from osprey_jax.torch_files import DTYPES, Shape
 
-PART_BYTES = 256 << 20
-"""Leaves are handed to Orbax in groups of at least so many bytes."""
 SHARD_BYTES = 2 << 30
 """A shard of the release layout is closed once it holds so many bytes."""
 
@@ -78,16 +79,16 @@ def convert(
         fresh = ("extractor/",) if has_projector else ("extractor/", "projector/")
     slots = convert_rules.torch_slots({k: v for k, v in shapes.items() if not k.startswith(fresh or "\0")})
     convert_rules.check_tensors(found, slots)
-    if unsupported := [
-        f"{name} ({entries[name].dtype})" for name in slots if not torch_files.is_float(entries[name].dtype)
-    ]:
-        raise ValueError(f"only {', '.join(DTYPES)} tensors are supported, got {', '.join(unsupported)}")
+    check_dtypes(slots, entries)
 
-    leaves = _leaves(shapes, slots, entries, dtype=np.dtype(dtype) if dtype else None, seed=seed)
+    leaves = leaves_of_tensors(
+        shapes, slots, entries, dtype=np.dtype(dtype) if dtype else None,
+        fresh=lambda path: _fresh(path, shapes, seed),
+    )  # fmt: skip
     if quantization is not None:
         structs = checkpoint.flatten(abstract_params(config, quantization=quantization))
         leaves = quantize.quantized_leaves(leaves, structs)
-    checkpoint.save_parts(destination, _parts(leaves), config, tokenizer, quantization=quantization)
+    checkpoint.save_parts(destination, in_parts(leaves), config, tokenizer, quantization=quantization)
 
 
 def to_low_precision(source: Path | str, destination: Path | str, quantization: str) -> None:
@@ -101,7 +102,7 @@ def to_low_precision(source: Path | str, destination: Path | str, quantization: 
         raise ValueError(f"{source} is quantised ({there}) already; quantise the checkpoint it was made from")
     structs = checkpoint.flatten(abstract_params(config, quantization=quantization))
     leaves = quantize.quantized_leaves(checkpoint.load_leaves(source), structs)
-    checkpoint.save_parts(destination, _parts(leaves), config, tokenizer, quantization=quantization)
+    checkpoint.save_parts(destination, in_parts(leaves), config, tokenizer, quantization=quantization)
 
 
 def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -119,91 +120,20 @@ def to_torch(source: Path | str, destination: Path | str, *, shard_bytes: int = 
     expected = checkpoint.flatten(abstract_params(config, jnp.float32))
     if {k: v.shape for k, v in structs.items()} != {k: v.shape for k, v in expected.items()}:
         raise ValueError(f"the parameters in {source} are not those of its config.json")
-    total = sum(struct.size * struct.dtype.itemsize for struct in structs.values())
     torch_dtype = structs["decoder/embed_tokens/embedding"].dtype.name
     fields = convert_rules.release_fields(
         config, torch_dtype=torch_dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
     )
-    with (
-        new_directory(destination) as partial,
-        tqdm(total=total, unit="B", unit_scale=True, desc="writing") as progress,
-    ):
-        tensors = _torch_arrays(source, {path: struct.shape for path, struct in structs.items()}, progress)
+    slots = convert_rules.torch_slots({path: struct.shape for path, struct in structs.items()})
+    num_bytes = sum(struct.size * struct.dtype.itemsize for struct in structs.values())
+    with new_directory(destination) as partial:
+        tensors = tensors_of_leaves(checkpoint.load_leaves(source), slots, num_bytes=num_bytes)
         torch_files.write_shards(partial, tensors, shard_bytes=shard_bytes)
         torch_files.write_json(partial / "config.json", fields)
         tokenizer.save(partial)
         beside = convert_rules.tokenizer_files(sentencepiece=(partial / "tokenizer.model").is_file())
         for name, values in beside.items():
             torch_files.write_json(partial / name, values)
-
-
-def _torch_arrays(
-    source: Path | str, shapes: Mapping[str, Shape], progress: tqdm
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a checkpoint's leaves by name: views in torch's layout, one leaf at a time."""
-    by_leaf: dict[str, list[tuple[str, Slot]]] = {}
-    for name, slot in convert_rules.torch_slots(shapes).items():
-        by_leaf.setdefault(slot.path, []).append((name, slot))
-    for path, leaf in checkpoint.load_leaves(source):
-        for name, slot in by_leaf[path]:
-            part = leaf if slot.place is None else leaf[slot.place]
-            yield name, slot.transform.to_torch(part)
-            progress.update(part.nbytes)
-        del leaf, part
-
-
-def _leaves(
-    shapes: Mapping[str, Shape], slots: Mapping[str, Slot], entries: Mapping[str, Entry], *,
-    dtype: np.dtype | None, seed: int,
-) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
-    """Yields every leaf: read from its tensors, or freshly drawn where no tensor writes it."""
-    by_leaf: dict[str, list[tuple[Slot, Entry]]] = {}
-    for name, slot in slots.items():
-        by_leaf.setdefault(slot.path, []).append((slot, entries[name]))
-    total = sum(entries[name].dtype.itemsize * int(np.prod(slot.torch_shape)) for name, slot in slots.items())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as progress:
-        for path, shape in shapes.items():
-            if path not in by_leaf:
-                yield path, _fresh(path, shapes, seed).astype(dtype or np.float32)
-                continue
-            dtypes = {entry.dtype for _, entry in by_leaf[path]}
-            own = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # which holds both halves
-            leaf = np.empty(shape, dtype or own)
-            for slot, entry in by_leaf[path]:
-                _assign(leaf, slot, entry)
-                progress.update(entry.dtype.itemsize * int(np.prod(entry.shape)))
-            yield path, leaf
-            del leaf
-
-
-def _assign(leaf: np.ndarray, slot: Slot, entry: Entry) -> None:
-    target = leaf[...] if slot.place is None else leaf[slot.place]
-    value = slot.transform.to_jax(entry.read()).reshape(target.shape)
-    if value.dtype == target.dtype:
-        # As integers: every bit survives, and NumPy copies them faster than bfloat16.
-        bits = f"u{target.itemsize}"
-        target.view(bits)[...] = value.view(bits)
-        return
-    with np.errstate(over="ignore"):
-        target[...] = value
-    if np.finfo(np.float16).dtype == target.dtype and np.isinf(target).any() and not np.isinf(value).any():
-        raise ValueError(f"{slot.path} has values beyond float16's range; choose another --dtype")
-
-
-def _parts(leaves: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
-    """Groups leaves into trees of at least `PART_BYTES`, but for the last."""
-    part: dict[str, np.ndarray] = {}
-    size = 0
-    for path, leaf in leaves:
-        part[path] = leaf
-        size += leaf.nbytes
-        del leaf
-        if size >= PART_BYTES:
-            tree, part, size = checkpoint.unflatten(part), {}, 0
-            yield tree
-            del tree
-    if part:
-        yield checkpoint.unflatten(part)
 
 
 def _fresh(path: str, shapes: Mapping[str, Shape], seed: int) -> np.ndarray:
@@ -218,6 +148,8 @@ def _local(source: Path | str) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
+    if directory.is_file():
+        raise ValueError(f"{source} is a file; SAM's, which is one, is given with --sam")
     if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise ValueError(f"no directory {source}")
     import huggingface_hub
@@ -242,6 +174,8 @@ def _read_fields(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no config.json in {directory}")
     fields = torch_files.read_json(path)
+    if isinstance(fields, dict) and fields.get("model_type") == "sam":
+        raise ValueError(f"{directory} holds transformers' SAM, which is given with --sam")
     if isinstance(fields, dict):
         return fields
     raise ValueError(f"{path} is not a JSON object")
@@ -258,9 +192,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Convert a PyTorch Osprey checkpoint to osprey-jax, or back with --to-torch.",
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="SRC DST", help="SRC is left out where --decoder is given"
+        "paths", nargs="+", metavar="SRC DST", help="SRC is left out where --decoder or --sam is given"
     )
     parser.add_argument("--to-torch", action="store_true", help="from a checkpoint to the release's layout")
+    parser.add_argument(
+        "--sam", metavar="SRC", help="SAM's .pth file, or a directory of transformers' SamModel"
+    )
     parser.add_argument("--vision-tower", metavar="FILE", help="open_clip's file, where the tower is apart")
     parser.add_argument("--decoder", metavar="DIR", help="a plain decoder (Vicuna) to start stage 2 from")
     parser.add_argument("--projector", metavar="FILE", help="stage 1's projector")
@@ -274,12 +211,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.to_torch and (args.vision_tower or args.decoder or args.projector or args.dtype or args.quantize):
         parser.error("--to-torch takes SRC and DST only")
+    if args.sam:
+        if args.to_torch or args.vision_tower or args.decoder or args.projector or args.quantize or args.seed:
+            parser.error("--sam takes SRC, DST and --dtype only; --to-torch alone tells SAM's checkpoints")
+        args.paths.insert(0, args.sam)
     if args.decoder:
         args.paths.insert(0, args.decoder)
         if not args.vision_tower:
             parser.error("--decoder needs --vision-tower")
     if len(args.paths) != 2:
-        parser.error("give SRC and DST, or DST alone with --decoder")
+        parser.error("give SRC and DST, or DST alone with --decoder or --sam")
     return args
 
 
@@ -290,7 +231,11 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     source, destination = args.paths
     try:
-        if args.to_torch:
+        if args.sam:
+            convert_sam.convert(source, destination, dtype=args.dtype)
+        elif args.to_torch and convert_sam.is_sam(source):
+            convert_sam.to_torch(source, destination)
+        elif args.to_torch:
             to_torch(source, destination)
         elif args.quantize and (Path(source) / "params").is_dir():
             if args.dtype or args.vision_tower or args.projector or args.decoder:

@@ -11,7 +11,7 @@ Reference: Llama's half-split rotary layout (Hugging Face's) is kept as it is.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,16 +122,24 @@ def is_ignored(name: str) -> bool:
 
 
 def torch_slots(shapes: Mapping[str, Shape]) -> dict[str, Slot]:
-    """The tensors that make up the leaves `{path: shape}`, by their names in the release.
-
-    Raises ValueError for a leaf that no row of the table writes.
-    """
-    rows: dict[str, tuple[str, Transform]] = {}
+    """The tensors that make up the leaves `{path: shape}` of Osprey, see `slots_of`."""
+    expanded = []
     for rule in RULES:
         for stage in range(4) if "{stage}" in rule.path else (0,):
-            path, name = (text.replace("{stage}", str(stage)) for text in (rule.path, rule.name))
-            assert path not in rows, f"two rows write {path}"
-            rows[path] = name, rule.transform
+            name, path = (text.replace("{stage}", str(stage)) for text in (rule.name, rule.path))
+            expanded.append(Rule(name, path, rule.transform))
+    return slots_of(shapes, expanded)
+
+
+def slots_of(shapes: Mapping[str, Shape], rules: Iterable[Rule]) -> dict[str, Slot]:
+    """The tensors that make up the leaves `{path: shape}`, by the names that the rules give them.
+
+    Raises ValueError for a leaf that no rule writes.
+    """
+    rows: dict[str, tuple[str, Transform]] = {}
+    for rule in rules:
+        assert rule.path not in rows, f"two rows write {rule.path}"
+        rows[rule.path] = rule.name, rule.transform
     if unknown := sorted(shapes.keys() - rows.keys()):
         raise ValueError(f"no conversion rule for parameters {', '.join(unknown)}")
     slots: dict[str, Slot] = {}
@@ -148,10 +156,12 @@ def torch_slots(shapes: Mapping[str, Shape]) -> dict[str, Slot]:
     return slots
 
 
-def check_tensors(found: Mapping[str, Shape], slots: Mapping[str, Slot]) -> None:
+def check_tensors(
+    found: Mapping[str, Shape], slots: Mapping[str, Slot], *, ignored: Callable[[str], bool] = is_ignored
+) -> None:
     """Raises a ValueError that lists missing (-), unknown (+) and misshapen (!) tensors."""
     faults = listed([f"- {name}" for name in slots if name not in found])
-    faults += listed([f"+ {name}" for name in found if name not in slots and not is_ignored(name)])
+    faults += listed([f"+ {name}" for name in found if name not in slots and not ignored(name)])
     faults += listed(
         [
             f"! {name}: {found[name]}, expected {slot.torch_shape}"
@@ -197,9 +207,11 @@ def read_sizes(
             raise ValueError(f"{position} has shape {found[position]}: its inputs are not a square mask's")
         extractor = ExtractorConfig(dim=found[pooled][1], position_size=math.isqrt(cells))
     decoder = _read_decoder(found, fields, embedding=found[embedding], gate=found[gate])
-    depths = tuple(_count(found, rf"{re.escape(_TRUNK)}stages\.{s}\.blocks\.(\d+)\..+") for s in range(4))
+    depths = tuple(
+        count_layers(found, rf"{re.escape(_TRUNK)}stages\.{s}\.blocks\.(\d+)\..+") for s in range(4)
+    )
     vision = VisionConfig(
-        image_size=_integer(fields, "image_size", VisionConfig.image_size),
+        image_size=integer_field(fields, "image_size", VisionConfig.image_size),
         depths=depths,
         dims=tuple(found[name][0] for name in convs),
     )
@@ -251,14 +263,14 @@ def _read_decoder(
         "hidden_size": (embedding[1], "model.embed_tokens.weight"),
         "intermediate_size": (gate[0], "model.layers.0.mlp.gate_proj.weight"),
         "num_hidden_layers": (
-            _count(found, r"model\.layers\.(\d+)\..+\.weight"),
+            count_layers(found, r"model\.layers\.(\d+)\..+\.weight"),
             "the numbers of model.layers",
         ),
     }
     for key, (size, origin) in sizes.items():
-        if _integer(fields, key, size) != size:
+        if integer_field(fields, key, size) != size:
             raise ValueError(f"config.json says {key} {fields[key]}, the tensors ({origin}) say {size}")
-    num_heads = _integer(fields, "num_attention_heads", 0)
+    num_heads = integer_field(fields, "num_attention_heads", 0)
     if not num_heads:
         raise ValueError("config.json has no num_attention_heads, which no tensor tells")
     rope = _rope_fields(fields, "rope_parameters") or _rope_fields(fields, "rope_scaling")
@@ -268,10 +280,12 @@ def _read_decoder(
         ffn_dim=gate[0],
         num_layers=sizes["num_hidden_layers"][0],
         num_heads=num_heads,
-        num_kv_heads=_integer(fields, "num_key_value_heads", num_heads),
-        head_dim=_integer(fields, "head_dim", embedding[1] // num_heads),
-        rope_theta=_number(fields, "rope_theta", _number(rope, "rope_theta", DecoderConfig.rope_theta)),
-        norm_eps=_number(fields, "rms_norm_eps", DecoderConfig.norm_eps),
+        num_kv_heads=integer_field(fields, "num_key_value_heads", num_heads),
+        head_dim=integer_field(fields, "head_dim", embedding[1] // num_heads),
+        rope_theta=number_field(
+            fields, "rope_theta", number_field(rope, "rope_theta", DecoderConfig.rope_theta)
+        ),
+        norm_eps=number_field(fields, "rms_norm_eps", DecoderConfig.norm_eps),
     )
 
 
@@ -345,13 +359,14 @@ def with_placeholders(config: OspreyConfig, *, mask_id: int, position_id: int) -
     return dataclasses.replace(config, mask_token_id=mask_id, position_token_id=position_id)
 
 
-def _count(found: Mapping[str, Shape], pattern: str) -> int:
+def count_layers(found: Mapping[str, Shape], pattern: str) -> int:
     """One more than the largest number in the first group of the names that match."""
     numbers = (int(match[1]) for name in found if (match := re.fullmatch(pattern, name)))
     return max(numbers, default=-1) + 1
 
 
-def _integer(fields: Mapping[str, Any], key: str, default: int) -> int:
+def integer_field(fields: Mapping[str, Any], key: str, default: int) -> int:
+    """A field of `config.json`, the default where it is missing or null; ValueError for other values."""
     value = fields.get(key)
     if value is None:
         return default
@@ -360,7 +375,8 @@ def _integer(fields: Mapping[str, Any], key: str, default: int) -> int:
     raise ValueError(f"config.json: {key} must be a positive integer, got {value!r}")
 
 
-def _number(fields: Mapping[str, Any], key: str, default: float) -> float:
+def number_field(fields: Mapping[str, Any], key: str, default: float) -> float:
+    """The same for a number above zero."""
     value = fields.get(key)
     if value is None:
         return default

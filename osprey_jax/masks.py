@@ -170,6 +170,12 @@ def rle_area(rle: Mapping[str, Any]) -> int:
     return int(coco_mask.area(rle))
 
 
+def rle_box(rle: Mapping[str, Any]) -> list[int]:
+    """x0, y0, x1, y1 of a compressed RLE in pixels, x1 and y1 exclusive; zeros for an empty mask."""
+    x, y, width, height = (int(number) for number in coco_mask.toBbox(rle))
+    return [x, y, x + width, y + height]
+
+
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """Encodes an `(h, w)` bool mask as COCO's compressed RLE, `counts` a str."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))

@@ -39,6 +39,7 @@ RULES: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "qkv": None,
     "ffn": "tensor",
     "norm": None,
     "channels": "fsdp",

@@ -183,6 +183,24 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, 
     write_json(directory / "pytorch_model.bin.index.json", index)
 
 
+def write_file(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes one file of all tensors, which are in memory together; it is whole or it isn't there.
+
+    Raises ValueError where `path` exists.
+    """
+    import torch
+
+    if path.exists():
+        raise ValueError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.incomplete")
+    try:
+        torch.save({name: _to_tensor(array) for name, array in tensors}, partial)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _to_array(tensor: "torch.Tensor") -> np.ndarray:
     """A tensor's memory as an array; NumPy doesn't know torch's bfloat16, so its bits go by way of int16."""
     import torch

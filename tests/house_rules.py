@@ -42,25 +42,35 @@ LAYERS = (
         "checkpoint",
         "convert",
         "convert_rules",
+        "convert_leaves",
         "torch_files",
         "generate",
+        "sam.files",
+        "convert_sam",
+        "convert_sam_rules",
     ),
     ("vocabulary", "engine", "request"),
-    ("recognize",),
-    ("", "predictor", "sam.predictor"),  # "" is the package itself, which offers the predictor
+    ("recognize", "prompt_ids"),
+    ("sam.predictor",),
+    ("sam.candidates",),
+    ("sam.everything",),
+    ("sam.evaluation", "sam.training"),
+    ("sam.train",),
+    ("segments",),
+    ("", "predictor"),  # "" is the package itself, which offers the predictor
     ("training_checkpoints", "train_config", "topologies", "hlo"),
     ("train_step", "train_data"),
     ("answers",),
     ("compile_topology", "training_summary", "evaluation"),
     ("train",),
     ("command_options",),
-    ("describe", "label", "eval", "serve", "demo"),
+    ("describe", "label", "eval", "serve", "demo", "sam.demo"),
 )
 """From the bottom up; a package's entry holds for what is in it, unless a longer entry does."""
 
 NUMPY_ONLY = ("config", "prompt", "image", "masks", "region_files", "region_lines", "figure")
 PIPELINES_MAY_USE = ("typing", "batch", *NUMPY_ONLY)
-MAY_USE_PIPELINES = ("train", "train_data", "answers", "evaluation", "eval", "label", "demo")
+MAY_USE_PIPELINES = ("train", "train_data", "answers", "evaluation", "eval", "label", "demo", "sam.demo")
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 TORCH = {"torch", "torchvision", "transformers", "timm", "open_clip", "safetensors.torch"}
 MESH_NAMES = {"PartitionSpec"}
@@ -173,11 +183,12 @@ def misplaced_modules(root: Path) -> list[str]:
 
 
 def upward_imports(root: Path) -> list[str]:
+    """A package's own modules are none that are above it: it offers them."""
     placed = {k: m for k, m in read_modules(root, PACKAGE).items() if layer(m.place) is not None}
     return [
         f"{at(module, line)}, of a layer above"
         for module, other, line in edges(placed)
-        if layer(other.place) > layer(module.place)
+        if layer(other.place) > layer(module.place) and not other.name.startswith(f"{module.name}.")
     ]
 
 

@@ -12,37 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from osprey_jax.config import VisionConfig
-from osprey_jax.models.layers import LayerNorm, Linear, constrain, logical
+from osprey_jax.models.layers import LayerNorm, Linear, PatchConv, constrain, logical
 from osprey_jax.ops.depthwise import depthwise_conv
-from osprey_jax.ops.precision import matmul_precision
 from osprey_jax.typing import Array, Float
-
-
-class PatchConv(nn.Module):
-    """A convolution whose kernel side equals its stride: one matmul over patches. Kernel `(s, s, C, C')`."""
-
-    stride: int
-    features: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B Y X C"]) -> Array:
-        b, rows, columns, channels = x.shape
-        s = self.stride
-        patches = x.reshape(b, rows // s, s, columns // s, s, channels).transpose(0, 1, 3, 2, 4, 5)
-        shape = (s, s, channels, self.features)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2))
-        kernel = self.param(
-            "kernel", logical(init, "kernel_rows", "kernel_columns", "channels_in", "channels"), shape
-        )
-        bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (self.features,))
-        y = jnp.einsum(
-            "BYXijC,ijCD->BYXD",
-            patches.astype(self.dtype),
-            kernel.astype(self.dtype),
-            precision=matmul_precision(self.dtype),
-        )
-        return y + bias.astype(self.dtype)[None, None, None, :]
 
 
 class DepthwiseConv(nn.Module):

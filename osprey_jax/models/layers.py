@@ -1,4 +1,4 @@
-"""The two parameterised layers that every part of the model is made of."""
+"""The parameterised layers that every part of the models is made of."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from osprey_jax import quantize
 from osprey_jax.lora import ADAPTERS, Lora
 from osprey_jax.ops.norms import layer_norm, rms_norm
 from osprey_jax.ops.precision import matmul_precision
-from osprey_jax.typing import Array, Params
+from osprey_jax.typing import Array, Float, Params
 
 
 def constrain(x: Array, axes: Sequence[str | None]) -> Array:
@@ -162,6 +162,33 @@ def _uniform(inputs: int, outputs: int) -> nn.initializers.Initializer:
     """Of a kernel with so many axes of inputs and of outputs."""
     axes = tuple(range(inputs)), tuple(range(inputs, inputs + outputs))
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=axes[0], out_axis=axes[1])
+
+
+class PatchConv(nn.Module):
+    """A convolution whose kernel side equals its stride: one matmul over patches. Kernel `(s, s, C, C')`."""
+
+    stride: int
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Array:
+        b, rows, columns, channels = x.shape
+        s = self.stride
+        patches = x.reshape(b, rows // s, s, columns // s, s, channels).transpose(0, 1, 3, 2, 4, 5)
+        shape = (s, s, channels, self.features)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2))
+        kernel = self.param(
+            "kernel", logical(init, "kernel_rows", "kernel_columns", "channels_in", "channels"), shape
+        )
+        bias = self.param("bias", logical(nn.initializers.zeros, "channels"), (self.features,))
+        y = jnp.einsum(
+            "BYXijC,ijCD->BYXD",
+            patches.astype(self.dtype),
+            kernel.astype(self.dtype),
+            precision=matmul_precision(self.dtype),
+        )
+        return y + bias.astype(self.dtype)[None, None, None, :]
 
 
 class LayerNorm(nn.Module):

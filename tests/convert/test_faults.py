@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from osprey_jax import checkpoint, convert, torch_files
+from osprey_jax import checkpoint, convert, convert_leaves, torch_files
 from tests.convert.releases import (
     TRUNK,
     FileTokenizer,
@@ -241,7 +241,7 @@ def test_interrupt_leaves_nothing_behind(
 ) -> None:
     convert.convert(release, tmp_path / "checkpoint")
     before = sorted(tmp_path.iterdir())
-    owner, name = (torch_files, "_to_tensor") if back else (convert, "_assign")
+    owner, name = (torch_files, "_to_tensor") if back else (convert_leaves, "_assign")
     original, calls = getattr(owner, name), []
 
     def interrupted(*args: object) -> object:
@@ -251,7 +251,7 @@ def test_interrupt_leaves_nothing_behind(
         return original(*args)
 
     monkeypatch.setattr(owner, name, interrupted)
-    monkeypatch.setattr(convert, "PART_BYTES", 1)
+    monkeypatch.setattr(convert_leaves, "PART_BYTES", 1)
     run = convert.to_torch if back else convert.convert
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "checkpoint" if back else release, tmp_path / "out")
