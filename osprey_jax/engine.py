@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from osprey_jax.config import OspreyConfig
 from osprey_jax.generate import Features, Prefix, Rows, Sampler, begin, decode, encode, prefill, resize
 from osprey_jax.masks import MaskPyramid
+from osprey_jax.models import osprey as architecture
 from osprey_jax.models.osprey import Osprey
-from osprey_jax.sharding import GENERATION_RULES, use_mesh
-from osprey_jax.typing import Float, Params
+from osprey_jax.sharding import GENERATION_RULES, param_shardings, use_mesh
+from osprey_jax.typing import Array, Float, Params
 
 T = TypeVar("T")
 
@@ -56,17 +59,33 @@ class Network(NamedTuple):
             return function(self.model, self.params, *args, **kwargs)
 
 
+def placed_params(config: OspreyConfig, dtype: str, quantization: str | None, mesh: Mesh | None) -> Params:
+    """Shapes, dtypes and, on a mesh, places of the parameters for generation; the extractor's are float32."""
+    shapes = architecture.abstract_params(config, dtype, quantization=quantization)
+    shapes = {**shapes, "extractor": architecture.abstract_params(config, "float32")["extractor"]}
+    if mesh is None:
+        return shapes
+    places = param_shardings(
+        architecture.boxed_params(config, quantization=quantization), mesh, GENERATION_RULES
+    )
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
+
+
 class Prepared(NamedTuple):
-    """An image and its regions as the network takes them, on the host; `Osprey.prepare` makes it."""
+    """An image and its regions as the network takes them; `Osprey.prepare` makes it, on the host."""
 
     pixels: Float[np.ndarray, "Y X 3"]
     masks: MaskPyramid
-    """`(R, …)`."""
+    """`(R, …)`; of masks that are on the device it is there, too."""
+    filled: int | None = None
+    """How many of the masks are regions, where the last ones are padding."""
 
     @property
     def regions(self) -> int:
         """How many there are."""
-        return len(self.masks.position)
+        return len(self.masks.position) if self.filled is None else self.filled
 
 
 class Asked(NamedTuple):
@@ -315,6 +334,8 @@ def padded(rows: Sequence[list[int]], step: int, pad_id: int) -> tuple[np.ndarra
 
 def stacked(masks: Sequence[MaskPyramid], start: int, count: int) -> MaskPyramid:
     """`count` regions of each image from number `start` on, `(P, count, …)`; empty ones at the end."""
+    if any(isinstance(image.position, jax.Array) for image in masks):
+        return _stacked_on_device(tuple(masks), start, count)
 
     def part(*images: np.ndarray) -> np.ndarray:
         out = np.zeros((len(images), count, *images[0].shape[1:]), images[0].dtype)
@@ -322,6 +343,15 @@ def stacked(masks: Sequence[MaskPyramid], start: int, count: int) -> MaskPyramid
             some = given[start : start + count]
             target[: len(some)] = some
         return out
+
+    return jax.tree.map(part, *masks)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _stacked_on_device(masks: tuple[MaskPyramid, ...], start: int, count: int) -> MaskPyramid:
+    def part(*images: Array) -> Array:
+        some = [x[start : start + count] for x in images]
+        return jnp.stack([jnp.pad(x, ((0, count - len(x)), (0, 0), (0, 0))) for x in some])
 
     return jax.tree.map(part, *masks)
 

@@ -1,6 +1,5 @@
 """`Osprey`: an image, region masks and a question in; words about each region out."""
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from osprey_jax import checkpoint, engine
+from osprey_jax import checkpoint, engine, segments
 from osprey_jax.compilation_cache import use_compilation_cache
 from osprey_jax.config import OspreyConfig
 from osprey_jax.engine import Asked, Prepared
@@ -21,7 +20,6 @@ from osprey_jax.masks import MaskPyramid, as_masks, mask_pyramid
 from osprey_jax.models import osprey as architecture
 from osprey_jax.prompt import (
     IMAGE_TOKEN,
-    IMAGE_TOKEN_ID,
     MASK_TOKEN,
     OVERVIEW,
     POSITION_TOKEN,
@@ -30,8 +28,8 @@ from osprey_jax.prompt import (
     Tokenizer,
     conversation,
     region_list,
-    tokenize,
 )
+from osprey_jax.prompt_ids import PromptIds
 from osprey_jax.recognize import Recognition, recognize
 from osprey_jax.request import (
     CHAT_TOKENS,
@@ -43,6 +41,9 @@ from osprey_jax.request import (
     request,
     said,
 )
+from osprey_jax.sam.everything import Options
+from osprey_jax.sam.predictor import Sam
+from osprey_jax.segments import Segment, Segments
 from osprey_jax.sharding import GENERATION_RULES, param_shardings
 from osprey_jax.typing import ArrayLike, Float, Params
 from osprey_jax.vocabulary import Vocabulary
@@ -102,6 +103,7 @@ class Osprey:
             places = param_shardings(architecture.boxed_params(config, **how), mesh, GENERATION_RULES)
         params = jax.device_put(params, places)
         self.config, self.tokenizer = config, tokenizer
+        self._ids = PromptIds(tokenizer, config.vision.num_image_tokens)
         self.network = engine.Network(architecture.Osprey(config, jnp.dtype(dtype), **how), params, mesh)
 
     @classmethod
@@ -135,7 +137,7 @@ class Osprey:
         config = checkpoint.load_config(directory)
         tokenizer = Tokenizer.load(directory)
         quantization = checkpoint.load_quantization(directory, quantize)
-        wanted, originals = (_shapes(config, dtype, name, mesh) for name in (quantization, None))
+        wanted, originals = (engine.placed_params(config, dtype, name, mesh) for name in (quantization, None))
         unquantized = None if quantization is None else originals
         params = unstacked(checkpoint.load_params(directory, wanted, unquantized=unquantized))
         return cls(config, params, tokenizer, dtype=dtype, quantization=quantization, mesh=mesh)
@@ -244,10 +246,60 @@ class Osprey:
             except (ValueError, OSError) as error:
                 raise type(error)(f"item {number}: {error}") from error
 
+    def describe_point(
+        self, sam: Sam, image: ImageLike, point: Sequence[float], level: Level = "short", **how: Any
+    ) -> Segment:
+        """Says what is at a point: the mask that SAM finds there, and words about it.
+
+        `point` is x and y in pixels of the image; `level` and `how` (question, max_new_tokens, …) are those
+        of `describe`.
+        """
+        return self._describe_one(segments.at_points(sam, image, [point]), request(level, **how))
+
+    def describe_box(
+        self, sam: Sam, image: ImageLike, box: Sequence[float], level: Level = "short", **how: Any
+    ) -> Segment:
+        """`describe_point` with a box around what is meant: x0, y0, x1 and y1 in pixels of the image."""
+        return self._describe_one(segments.in_boxes(sam, image, [box]), request(level, **how))
+
+    def describe_everything(
+        self,
+        sam: Sam,
+        image: ImageLike,
+        level: Level = "short",
+        *,
+        options: Options | None = None,
+        **how: Any,
+    ) -> list[Segment]:
+        """Finds everything in an image and says what it is; what lies inside of something else says so.
+
+        `options` are those of SAM's automatic mask generator, by default the original's. Candidates are
+        judged on masks at most `segments.MAX_HEIGHT` high, as in the original's demo.
+        """
+        found = segments.everything(sam, image, options or Options())
+        return list(self.describe_segments(found, request(level, **how)))
+
+    def _describe_one(self, found: Segments, asked: Request) -> Segment:
+        [segment] = self.describe_segments(found, asked)
+        return segment
+
+    def describe_segments(self, found: Segments, asked: Request) -> Iterator[Segment]:
+        """Says what each segment is, as soon as its words are there; masks don't leave the device."""
+        if not found.segments:
+            return
+        vision, size = self.config.vision, self.config.extractor.position_size
+        masks = found.pyramid(level_sizes=vision.level_sizes, position_size=size)
+        if self.network.mesh is not None:  # which SAM's one device isn't
+            masks = jax.device_get(masks)
+        prepared = Prepared(preprocess(found.image, size=vision.image_size), masks, len(found.segments))
+        generations = self._generate(prepared, asked)
+        for segment, generation in zip(found.segments, generations, strict=True):
+            yield segment._replace(text=asked.keep(generation.text))
+
     def answer(self, prepared: Sequence[Prepared], asked: Request) -> list[list[Generation]]:
         """Answers about the regions of some images at once; batches are formed among these images alone."""
         rules, stop = self._rules(asked.decoding), asked.decoding.stop
-        jobs = [self._asked(one, asked.prompts) for one in prepared]
+        jobs = [self._ids.asked(one, asked.prompts) for one in prepared]
         answers = engine.answer(self.network, jobs, rules)
         return [[self._generation(one, stop) for one in regions] for regions in answers]
 
@@ -273,7 +325,7 @@ class Osprey:
         return list(self._generate(self.prepare(image, masks), Request(prompts, str, how)))
 
     def _generate(self, prepared: Prepared, asked: Request) -> Iterator[Generation]:
-        job, rules = self._asked(prepared, asked.prompts), self._rules(asked.decoding)
+        job, rules = self._ids.asked(prepared, asked.prompts), self._rules(asked.decoding)
         for one in engine.stream(self.network, job, rules):
             yield self._generation(one, asked.decoding.stop)
 
@@ -303,7 +355,9 @@ class Osprey:
     ) -> list[list[Recognition]]:
         """`classify`, with its `limits`, of some images; batches are formed among these images alone."""
         prompt = PROTOCOLS["lvis_paco"].prompt(None if question is None else checked_question(question))
-        return recognize(self.network, [self._asked(one, (prompt,)) for one in prepared], labels, **limits)
+        return recognize(
+            self.network, [self._ids.asked(one, (prompt,)) for one in prepared], labels, **limits
+        )
 
     def chat(
         self,
@@ -330,7 +384,7 @@ class Osprey:
 
     def complete(self, prepared: Prepared, prompt: str, how: Decoding) -> str:
         """One answer to a complete prompt that names all of an image's regions, or none, in their order."""
-        ids = self._expand(prompt, regions=prepared.regions)
+        ids = self._ids.expand(prompt, regions=prepared.regions)
         job = Asked(prepared, ids[:-1], [ids[-1:]], in_prefix=True)
         [answer] = engine.stream(self.network, job, self._rules(how))
         return self._generation(answer, how.stop).text
@@ -341,7 +395,7 @@ class Osprey:
         `prompt` holds one `<image>` and one `<mask><pos>` for each mask, in the masks' order.
         """
         prepared = self.prepare(image, masks)
-        ids = self._expand(prompt, regions=prepared.regions)
+        ids = self._ids.expand(prompt, regions=prepared.regions)
         # Padding is on the right, so causality alone keeps it out.
         padded, _ = engine.padded([ids], engine.PREFIX_STEP, self.tokenizer.pad_id)
         found = self.network.run(logits, *_batch_of_one(prepared), padded)
@@ -349,34 +403,13 @@ class Osprey:
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, BOS first, -200 for `<image>`."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt must be text, got {prompt!r}")
-        return tokenize(self.tokenizer, prompt)
+        return self._ids.tokenize(prompt)
 
     def embed(self, image: ImageLike, masks: Masks) -> Float[np.ndarray, "R D"]:
         """Float32 mask tokens, one for each region: for retrieval and deduplication."""
         prepared = self.prepare(image, masks)
         tokens = self.network.run(mask_tokens, *_batch_of_one(prepared))
         return np.asarray(tokens[0, : prepared.regions])
-
-    def _asked(self, prepared: Prepared, prompts: tuple[str, ...]) -> Asked:
-        """The prompts as ids: what all begin with, and what follows for each region."""
-        count = prepared.regions
-        if len(prompts) not in (1, count):
-            raise ValueError(f"give one question, or one for each region: {len(prompts)} for {count} regions")
-        ids = {text: self._expand(text, regions=1) for text in set(prompts)}
-        split = min(each.index(self.tokenizer.mask_id) for each in ids.values())
-        first, *others = (each[:split] for each in ids.values())
-        for other in others:
-            split = next((i for i in range(split) if first[i] != other[i]), split)
-        for text, each in ids.items():
-            if IMAGE_TOKEN_ID in each[split:]:
-                raise ValueError(
-                    f"prompts about one image must be equal up to its {IMAGE_TOKEN}, which stands before "
-                    f"{MASK_TOKEN}: {text!r}"
-                )
-        rest = [ids[text][split:] for text in prompts]
-        return Asked(prepared, first[:split], rest if len(rest) == count else rest * count)
 
     def _rules(self, how: Decoding) -> engine.Rules:
         def kept(ids: list[int]) -> int | None:
@@ -400,26 +433,6 @@ class Osprey:
         end = min((place for place in map(text.find, stop) if place >= 0), default=None)
         return Generation(text[:end], answer.token_ids, answer.logprobs)
 
-    def _expand(self, text: str, *, regions: int) -> list[int]:
-        """Ids of a prompt with the image's places; it has to name one image and so many regions."""
-        ids = self.tokenize(text)
-        for name, token, expected in (
-            (IMAGE_TOKEN, IMAGE_TOKEN_ID, 1),
-            (MASK_TOKEN, self.tokenizer.mask_id, regions),
-            (POSITION_TOKEN, self.tokenizer.position_id, regions),
-        ):
-            if (count := ids.count(token)) != expected:
-                raise ValueError(
-                    f"the prompt must hold {name} {expected} times, it does so {count} times: {text!r}"
-                )
-        region = (self.tokenizer.mask_id, self.tokenizer.position_id)
-        if list(itertools.pairwise(ids)).count(region) != regions:
-            raise ValueError(
-                f"each {MASK_TOKEN} of a prompt must be followed by its {POSITION_TOKEN}: {text!r}"
-            )
-        place = ids.index(IMAGE_TOKEN_ID)
-        return ids[:place] + [IMAGE_TOKEN_ID] * self.config.vision.num_image_tokens + ids[place + 1 :]
-
 
 def _blocks_apart() -> bool:
     """Whether the tower's blocks are: elsewhere than on CPU they would compile longer for little."""
@@ -429,19 +442,6 @@ def _blocks_apart() -> bool:
 def unstacked(params: Params) -> Params:
     """The parameters as generation takes them here, whose stacks are taken out of `params`."""
     return architecture.unstack_params(params, blocks=_blocks_apart())
-
-
-def _shapes(config: OspreyConfig, dtype: str, quantization: str | None, mesh: Mesh | None) -> Params:
-    """Shapes, dtypes and places of the parameters of a checkpoint."""
-    shapes = architecture.abstract_params(config, dtype, quantization=quantization)
-    shapes = {**shapes, "extractor": architecture.abstract_params(config, "float32")["extractor"]}
-    if mesh is None:
-        return shapes
-    boxed = architecture.boxed_params(config, quantization=quantization)
-    places = param_shardings(boxed, mesh, GENERATION_RULES)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
-    )
 
 
 def _batch_of_one(prepared: Prepared) -> tuple[np.ndarray, MaskPyramid]:

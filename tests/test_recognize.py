@@ -178,7 +178,7 @@ def test_regions_of_several_images_equal_each_alone(two: Two, monkeypatch: pytes
     regions = np.concatenate([MASKS, MASKS[:, ::-1]])
     items = [(IMAGE, regions[:9]), (IMAGE[::-1], regions[1:13]), (IMAGE[:, ::-1], regions[:1])]
     prompts = (PROTOCOLS["lvis_paco"].prompt(),)
-    asked = [two.ours._asked(two.ours.prepare(image, masks), prompts) for image, masks in items]
+    asked = [two.ours._ids.asked(two.ours.prepare(image, masks), prompts) for image, masks in items]
     alone = [[two.ours.classify(image, mask[None], LABELS)[0] for mask in masks] for image, masks in items]
     assert len({one.label for image in alone for one in image}) > 1
     for most in (engine.MAX_ROWS, 8):
