@@ -124,7 +124,7 @@ def draw_scenes(described: Sequence[Described]) -> Image.Image:
             for x in (scene.image.transpose(2, 0, 1), scene.masks)
         )
         pictures.append(draw_regions(image.transpose(1, 2, 0), masks, words, tint=0))
-    return _sheet(pictures)
+    return sheet(pictures)
 
 
 def draw_answers(answered: Sequence[tuple[Asked, str]]) -> Image.Image:
@@ -139,10 +139,10 @@ def draw_answers(answered: Sequence[tuple[Asked, str]]) -> Image.Image:
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
         told = [f"asked: {asked.question}", f"answer: {words}", f"truth: {asked.truth}"]
         pictures.append(draw_words(image, masks, told))
-    return _sheet(pictures)
+    return sheet(pictures)
 
 
-def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+def sheet(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures in rows, at half their size."""
     columns = min(COLUMNS, math.ceil(math.sqrt(len(pictures))))
     width = max(picture.width for picture in pictures)
