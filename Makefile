@@ -8,7 +8,7 @@ RUNTIME := .venv/.installed-runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full lint types format clean
+.PHONY: help install demo demo-sam test test-full lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,9 +28,12 @@ $(RUNTIME): setup.py
 install: $(INSTALLED) ## make .venv, which all targets share
 
 # Huge pages, where glibc has them: a step frees and takes again hundreds of megabytes.
-demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+demo demo-sam: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: $(RUNTIME) ## train a small model from nothing and look at what it says of new scenes
 	$(BIN)/python -m osprey_jax.demo
+
+demo-sam: $(RUNTIME) ## after demo: train a small segmenter, and let the model say what it finds
+	$(BIN)/python -m osprey_jax.sam.demo
 
 # Programs are compiled once and kept: without the two limits JAX would skip most of the tests' small ones.
 test test-full: export JAX_PLATFORMS = cpu
